@@ -1,0 +1,50 @@
+# Two commands: `make book` and `make test`. Each sets up .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: book html notebooks test check unit lint lab studies bench clean help
+
+help:            ## this list
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+book: $(READY)   ## run every notebook and build the book into _build/html
+	$(BIN)/python book/build.py book
+
+html: $(READY)   ## build the book from the stored outputs, in under a minute
+	$(BIN)/python book/build.py html
+
+notebooks: $(READY)  ## run the notebooks in place and store their outputs (ONLY=06 for one)
+	$(BIN)/python book/build.py notebooks $(ONLY)
+
+test: check      ## everything: lint, unit tests, notebooks, the book's pages
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider notebooks book/solutions
+	$(BIN)/python book/build.py html
+	$(BIN)/python -m pytest tests/book
+
+check: lint unit ## lint and unit tests: minutes
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: $(READY)
+	$(BIN)/cvlib assets smollm2-135m
+	$(BIN)/python -m pytest tests cvlib --ignore tests/book
+
+lab: $(READY)    ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir .
+
+studies: $(READY)  ## run the long experiments again (hours); results in benchmarks/results
+	for study in benchmarks/[0-9]*.py; do $(BIN)/python $$study || exit 1; done
+
+bench: $(READY)  ## speed, side by side with its limits and peers
+	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+clean:           ## remove what was built, keep .venv and the cache of models
+	rm -rf _build runs .pytest_cache .ruff_cache
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,web,test]'
+	touch $@

@@ -1,0 +1,106 @@
+"""Run notebooks and build the book.
+
+book       every notebook, in order, into _build/source (never over the committed files), then the pages
+html       the pages, from the outputs that are stored in the notebooks
+notebooks  notebooks in place, then normalised, so that a diff shows what changed: `notebooks 06 07` for some
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "_build"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("book", "html", "notebooks"))
+    parser.add_argument("only", nargs="*", help="numbers of notebooks, such as 06")
+    options = parser.parse_args()
+    if options.what == "notebooks":
+        return run([path for path in notebooks() if not options.only or path.name[:2] in options.only], in_place=True)
+    if options.what == "html":
+        return pages(ROOT)
+    source = BUILD / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    for name in ("book", "notebooks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, source)
+    fetch()
+    return run(notebooks()) or pages(source)
+
+
+def notebooks() -> list[Path]:
+    """The chapters in order, then the solutions."""
+    return [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "book/solutions").glob("*.ipynb"))]
+
+
+def fetch() -> None:
+    """The running model, fetched and verified before the first notebook needs it."""
+    from cvlib import assets, loading
+
+    print(
+        f"running model: {loading.resolve('smollm2-135m') and assets.fetch('smollm2-135m').name}, verified", flush=True
+    )
+
+
+def run(paths: list[Path], in_place: bool = False) -> int:
+    """Execute notebooks one after the other, a line each; stops at the first that fails."""
+    for number, path in enumerate(paths, 1):
+        name = path.relative_to(ROOT)
+        print(f"[{number}/{len(paths)}] {name} …", end=" ", flush=True)
+        started = time.perf_counter()
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(path.parent)}}).execute()
+        except CellExecutionError as error:
+            print(f"failed\n{error}", file=sys.stderr)
+            return 1
+        print(f"{time.perf_counter() - started:.0f} s", flush=True)
+        nbformat.write(normalised(notebook), path if in_place else BUILD / "source" / name)
+    return 0
+
+
+def normalised(notebook):
+    """The notebook without what changes from run to run: timings, progress bars, random cell ids."""
+    seen: dict[str, int] = {}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    notebook.nbformat_minor = 5
+    for cell in notebook.cells:
+        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        seen[digest] = seen.get(digest, 0) + 1
+        cell.id = f"{digest}-{seen[digest]}"
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook
+
+
+def pages(source: Path) -> int:
+    """HTML of the book from the notebooks in `source`, warnings as errors, from an empty folder."""
+    for folder in ("html", ".doctrees", "_sphinx_design_static"):
+        shutil.rmtree(BUILD / folder, ignore_errors=True)
+    command = [sys.executable, "-m", "jupyter_book", "build", str(source), "--path-output", str(ROOT)]
+    done = subprocess.run([*command, "-W", "--keep-going", "-q"])
+    if done.returncode == 0:
+        print(f"the book: {BUILD / 'html' / 'index.html'}")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

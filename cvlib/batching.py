@@ -1,0 +1,120 @@
+"""Segments in, tensors out: tokens, labels, and batches without padding.
+
+Three rules decide what a model learns, and each is one function here.
+
+* `encode`: labels are the tokens of trained segments and `IGNORE_INDEX` everywhere else. A conversation that is too
+  long is cut at its end; a cut answer loses its end token too, so that nothing teaches the model to stop early, and a
+  conversation left without any label is dropped (trap 3).
+* `flatten`: conversations of one batch are laid end to end in a single row, and `position_ids` start again at 0
+  for each. Nothing is padded (trap 20). transformers keeps the conversations apart when `position_ids` restart, no
+  attention mask is given and no cache is used.
+* `groups`: batches for evaluation are filled up to a number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from cvlib.templates import Segment
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as token ids and labels of equal length; `cut` if its end did not fit."""
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def token_ids(segments: Iterable[Segment], tokenizer) -> Iterator[tuple[Segment, list[int]]]:
+    """Each segment with its tokens; special tokens are recognised in the template's own text only."""
+    for segment in segments:
+        yield (
+            segment,
+            tokenizer(segment.text, add_special_tokens=False, split_special_tokens=not segment.control).input_ids,
+        )
+
+
+def prompt_ids(segments: Iterable[Segment], tokenizer) -> list[int]:
+    """Token ids of a prompt, begun as the tokenizer begins every text (LLaMA's `<s>`, nothing for SmolLM2)."""
+    return tokenizer("").input_ids + [token for _, ids in token_ids(segments, tokenizer) for token in ids]
+
+
+def encode(segments: Sequence[Segment], tokenizer, max_length: int) -> Example | None:
+    """Tokens and labels of a conversation, at most `max_length` of them; None if no trained token fits."""
+    input_ids = tokenizer("").input_ids
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for segment, ids in token_ids(segments, tokenizer):
+        input_ids += ids
+        labels += ids if segment.trained else [IGNORE_INDEX] * len(ids)
+    cut = len(input_ids) > max_length
+    input_ids, labels = input_ids[:max_length], labels[:max_length]
+    if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is never predicted
+        return None
+    return Example(input_ids, labels, cut)
+
+
+def answers_only(segments: Iterable[Segment]) -> list[Segment]:
+    """The same segments with only the answers' own text marked, not their end tokens: what bits per byte scores."""
+    return [replace(segment, trained=segment.trained and not segment.control) for segment in segments]
+
+
+def flatten(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Conversations end to end in one row: `input_ids`, `labels`, `position_ids`, each (1, total tokens).
+
+    >>> flatten([Example([5, 6, 7], [-100, 6, 7]), Example([8, 9], [-100, 9])])["position_ids"]
+    tensor([[0, 1, 2, 0, 1]])
+    """
+    rows = {
+        "input_ids": [token for example in examples for token in example.input_ids],
+        # the first token of a conversation must not be predicted from the last one of its neighbour
+        "labels": [label for example in examples for label in [IGNORE_INDEX, *example.labels[1:]]],
+        "position_ids": [position for example in examples for position in range(len(example))],
+    }
+    return {name: torch.tensor([row]) for name, row in rows.items()}
+
+
+def pad(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """Conversations under each other, padded on the right, each tensor (rows, longest).
+
+    >>> pad([Example([5, 6, 7], [-100, 6, 7]), Example([8, 9], [-100, 9])], pad_id=0)["labels"]
+    tensor([[-100,    6,    7],
+            [-100,    9, -100]])
+    """
+    longest = max(map(len, examples))
+
+    def filled(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": filled((example.input_ids for example in examples), pad_id),
+        "labels": filled((example.labels for example in examples), IGNORE_INDEX),
+        "attention_mask": filled(([1] * len(example) for example in examples), 0),
+    }
+
+
+def groups(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
+    """Places of the examples in groups of at most `max_tokens` tokens; a longer example is a group of its own.
+
+    >>> list(groups([Example([1] * n, [1] * n) for n in (3, 2, 4, 9)], max_tokens=5))
+    [[0, 1], [2], [3]]
+    """
+    group: list[int] = []
+    tokens = 0
+    for index, example in enumerate(examples):
+        if group and tokens + len(example) > max_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(index)
+        tokens += len(example)
+    if group:
+        yield group

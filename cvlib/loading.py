@@ -1,0 +1,185 @@
+"""Recipe in, model and tokenizer out: 16, 8 or 4 bits by one argument.
+
+Three things happen here and nowhere else:
+
+* **Which number format.** bfloat16 where the hardware multiplies it (capability 8.0 and up; CPUs with AVX512-BF16),
+  float16 on older cards such as the Turing T4 and RTX 2080Ti, float32 on other CPUs. We ask for the *capability*:
+  `torch.cuda.is_bf16_supported()` also says yes where bfloat16 is only emulated.
+* **GGUF to safetensors, once.** The running model travels as a GGUF file. transformers can read it, but drops the
+  digit splitting of SmolLM2's tokenizer and leaves a quantisation config behind that no longer applies.
+  We mend both and keep the result in the cache, in float32, so that every later rounding starts from the same values.
+* **Evaluate, then train, and nothing trains (trap 21).** On CPUs with AVX512-BF16 the first 4-bit forward without
+  autograd repacks the weights for a kernel that has no gradient. We switch that off before anybody can run a forward.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from cvlib import InputError, assets
+
+
+def device_and_dtype() -> tuple[str, str]:
+    """The device to compute on and the 16-bit format its hardware multiplies, as names: `("cuda", "float16")`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    if torch.backends.mps.is_available():
+        return "mps", "float16"
+    return "cpu", "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | None = None):
+    """A causal language model and its tokenizer, ready for inference; `training` makes it trainable.
+
+    Args:
+        base: an asset name, a hub id or a local folder.
+        bits: 16 keeps the weights in `dtype`; 8 is LLM.int8() (Dettmers et al. 2022); 4 is NF4 with double
+            quantisation (Dettmers et al. 2023). Embeddings, norms and the head stay in `dtype`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; `"auto"` is what the hardware multiplies.
+        adapter: a folder written by `training` to lay over the base.
+
+    Raises:
+        InputError: an unknown base, an impossible number of bits, or an adapter of another base.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # On a CPU bitsandbytes reports that an optional GPU package is missing; that is no news to the reader.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    device, native = device_and_dtype()
+    folder = resolve(base)
+    compute = getattr(torch, native if dtype == "auto" else dtype)
+    model = _quiet(
+        AutoModelForCausalLM.from_pretrained,
+        folder,
+        dtype=compute,
+        device_map={"": device},
+        quantization_config=quantization(bits, compute),
+    )
+    keep_trainable(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.config.cvlib_base = base
+    return (attach(model, adapter, base) if adapter else model), tokenizer
+
+
+def quantization(bits: int, compute):
+    """The one quantisation config of the book, the same for training and serving (trap 10); None for 16 bits."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == 16:
+        return None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    raise InputError(f"bits is {bits}; choose 16, 8 or 4")
+
+
+def keep_trainable(model) -> None:
+    """Forbid the 4-bit CPU repacking that has no gradient (trap 21). Call before the first forward."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach(model, adapter: str | Path, base: str, trainable: bool = False):
+    """Lay an adapter folder over a base model, after checking that the two belong together."""
+    from peft import PeftModel
+
+    settings = read_adapter(adapter)
+    made_for = settings.get("base_model_name_or_path")
+    if made_for != base:
+        raise InputError(
+            f"{adapter}: this adapter was trained on {made_for!r}, not on {base!r}; load it over {made_for!r}"
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except (RuntimeError, IndexError) as error:
+        raise InputError(f"{adapter}: its weights do not fit {base!r} ({str(error).splitlines()[0]})") from None
+
+
+def read_adapter(folder: str | Path) -> dict:
+    """The settings in an adapter folder's `adapter_config.json`."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no adapter_config.json here; name the folder that `cvlib train` wrote")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def resolve(base: str) -> str:
+    """Where transformers finds `base`: a converted asset, a local folder, or the hub id itself."""
+    if base in assets.ASSETS:
+        path = assets.fetch(base)
+        return str(convert(base, path) if path.suffix == ".gguf" else path)
+    if Path(base).is_dir():
+        if not (Path(base) / "config.json").is_file():
+            raise InputError(f"{base}: no config.json in this folder; name a model folder")
+        return base
+    if base.count("/") == 1 and not base.startswith(("/", ".")):
+        return base
+    raise InputError(f"base {base!r} is not an asset ({', '.join(assets.ASSETS)}), a folder or a hub id like org/name")
+
+
+def convert(name: str, gguf: Path) -> Path:
+    """Turn a GGUF model into a folder of float32 safetensors with a mended tokenizer; the work is done once."""
+    target = assets.home() / "models" / name
+    if target.is_dir():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = _quiet(AutoModelForCausalLM.from_pretrained, **source, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are plain now;
+        model.hf_quantizer = None  # transformers would refuse to save them otherwise
+        model.save_pretrained(part)
+        mend_tokenizer(**source).save_pretrained(part)
+        if not target.is_dir():  # another process may have been quicker
+            os.replace(part, target)
+    except OSError as error:
+        raise InputError(f"{target}: could not be written ({error}); make room or set CVLIB_HOME") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def mend_tokenizer(**source):
+    """SmolLM2's tokenizer with its digit splitting back: 2024 is four tokens, as the model was trained."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+def _quiet(call, *args, **options):
+    """Run a transformers loader without its own progress bars, which would fill a notebook."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        return call(*args, **options)
+    finally:
+        if shown:
+            bars.enable_progress_bar()

@@ -1,0 +1,216 @@
+"""Rows of any published shape in, conversations out.
+
+A conversation is a list of `Message`s: an optional system message, then user and assistant in turn, the assistant last.
+Every later module sees only this; which project wrote the file no longer matters. Keys tell the shapes apart:
+
+| shape | keys |
+|---|---|
+| BELLE, Alpaca | `instruction`, `input`, `output` |
+| Guanaco | the same, with earlier turns as `User:… Assistant:…` in `input` |
+| Chinese-Vicuna chat | `input` and `output` as parallel lists |
+| cMedQA2, legal questions | `question`, `answer` |
+| ShareGPT | `conversations`: list of `from`, `value` |
+| chat | `messages`: list of `role`, `content` |
+
+Files are JSON lines or one JSON array, in UTF-8 (with or without a byte-order mark) or GB18030.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cvlib import InputError
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks (`system`, `user` or `assistant`) and what."""
+
+    role: str
+    content: str
+
+
+Conversation = list[Message]
+
+
+def from_row(row: dict) -> Conversation:
+    """A conversation from one row of any known shape.
+
+    Raises:
+        ValueError: keys of no known shape, a missing or empty text, or turns out of order.
+
+    >>> from_row({"instruction": "翻译成英文", "input": "你好", "output": "Hello"})
+    [Message(role='user', content='翻译成英文\\n你好'), Message(role='assistant', content='Hello')]
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is an object of keys and values; found {type(row).__name__}")
+    for key, reader in READERS.items():
+        if key in row:
+            return _checked(reader(row))
+    if "output" in row:
+        raise ValueError('no key "instruction"; a row needs "instruction" and "output"')
+    raise ValueError(f"keys {', '.join(map(repr, row)) or 'none'} match no known shape; see `cvlib.messages`")
+
+
+def _instruction(row: dict) -> Conversation:
+    if isinstance(row.get("input"), list):
+        return _parallel(row)
+    request, context, answer = (_text(row, key) for key in ("instruction", "input", "output"))
+    earlier = _earlier_turns(context)
+    if earlier:
+        return [*earlier, Message("user", request), Message("assistant", answer)]
+    joined = f"{request}\n{context}" if context.strip() else request
+    return [Message("user", joined), Message("assistant", answer)]
+
+
+def _earlier_turns(context: str) -> Conversation:
+    """Guanaco's earlier turns, `User:…\\nAssistant:…`, as messages; nothing if the context is a plain passage."""
+    parts = re.split(r"(?:^|\n)\s*(User|Assistant)\s*[:：]\s*", context)
+    speakers, texts = parts[1::2], [text.strip() for text in parts[2::2]]
+    if parts[0].strip() or not speakers or speakers != ["User", "Assistant"] * (len(speakers) // 2):
+        return []
+    return [Message(speaker.lower(), text) for speaker, text in zip(speakers, texts, strict=True)]
+
+
+def _parallel(row: dict) -> Conversation:
+    asked, answered = row.get("input"), row.get("output")
+    if not isinstance(answered, list) or len(asked) != len(answered):
+        raise ValueError('"input" and "output" must be lists of the same length')
+    pairs = zip(asked, answered, strict=True)
+    return [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _question(row: dict) -> Conversation:
+    return [Message("user", _text(row, "question")), Message("assistant", _text(row, "answer"))]
+
+
+def _listed(key: str, role: str, text: str):
+    def read(row: dict) -> Conversation:
+        turns = row[key]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f'"{key}" must be a list of turns with "{role}" and "{text}"')
+        unknown = [turn.get(role) for turn in turns if turn.get(role) not in ROLES]
+        if unknown:
+            raise ValueError(f'"{role}" is {unknown[0]!r}; use one of {", ".join(ROLES)}')
+        return [Message(ROLES[turn[role]], _text(turn, text)) for turn in turns]
+
+    return read
+
+
+READERS = {
+    "messages": _listed("messages", "role", "content"),
+    "conversations": _listed("conversations", "from", "value"),
+    "instruction": _instruction,
+    "question": _question,
+    "input": lambda row: _parallel(row) if isinstance(row["input"], list) else _instruction(row),
+}
+
+
+def _text(row: dict, key: str) -> str:
+    if key not in row and key != "input":
+        raise ValueError(f'no key "{key}"; found {", ".join(map(repr, row))}')
+    value = row.get(key) or ""
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" must be text; found {type(value).__name__}')
+    return value
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    turns = conversation[1:] if conversation[:1] and conversation[0].role == "system" else conversation
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or [turn.role for turn in turns] != expected:
+        raise ValueError("turns must go user, assistant, user, … and end with the assistant")
+    for turn in conversation:
+        if not isinstance(turn.content, str) or not turn.content.strip():
+            raise ValueError(f"the {turn.role}'s text is empty")
+    return conversation
+
+
+def scan(path: str | Path) -> Iterator[tuple[int, Conversation | InputError]]:
+    """Every row of a file with its line number, or place in a JSON array: a conversation, or what is wrong with it."""
+    path = Path(path)
+    for number, text in _texts(path):
+        try:
+            row = json.loads(text) if isinstance(text, str) else text
+            yield number, from_row(row)
+        except json.JSONDecodeError as error:
+            yield number, InputError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove this line")
+        except ValueError as error:
+            yield number, InputError(f"{path}:{number}: {error}; mend or remove this row")
+
+
+def read(path: str | Path) -> list[Conversation]:
+    """All conversations of a file.
+
+    Raises:
+        InputError: no such file, an empty file, or the first row that cannot be used.
+    """
+    conversations = []
+    for _, found in scan(path):
+        if isinstance(found, InputError):
+            raise found
+        conversations.append(found)
+    if not conversations:
+        raise InputError(f"{path}: no rows in this file; give at least one JSON line")
+    return conversations
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str | dict]]:
+    """Non-empty lines of a JSON-lines file, or the elements of a JSON array, numbered from 1."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a .jsonl or .json file of rows")
+    try:
+        with path.open(encoding=encoding(path)) as stream:
+            if stream.read(1) == "[":
+                stream.seek(0)
+                yield from enumerate(json.load(stream), 1)
+                return
+            stream.seek(0)
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is neither UTF-8 nor GB18030; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not a valid JSON array ({error.msg}); mend this line") from None
+
+
+def encoding(path: Path) -> str:
+    """`utf-8-sig`, or `gb18030` if the first megabyte is not UTF-8."""
+    with path.open("rb") as stream:
+        start = stream.read(1 << 20)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return "gb18030"
+    return "utf-8-sig"
+
+
+def held_out(conversation: Conversation, share: float = 0.2) -> bool:
+    """Whether a conversation belongs to the held-out split, decided by a hash of its first question.
+
+    The split depends on the row and never on its position: adding, removing or shuffling rows moves no other row, and
+    the same question cannot stand in both splits.
+
+    >>> rows = [[Message("user", str(n)), Message("assistant", "ok")] for n in range(1000)]
+    >>> sum(held_out(row) for row in rows)
+    212
+    """
+    question = next(turn.content for turn in conversation if turn.role == "user")
+    return int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:8], "big") < share * 2**64
+
+
+def split(conversations: Iterable[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """Conversations to train on, and conversations held out."""
+    parts: tuple[list, list] = ([], [])
+    for conversation in conversations:
+        parts[held_out(conversation)].append(conversation)
+    return parts
