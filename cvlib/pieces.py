@@ -12,7 +12,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,7 @@ class Piece:
         """
         text = self.text.encode()
         if len(text) > 120:
-            raise ValueError(f"piece {self.text[:20]!r}… has {len(text)} bytes; this writer stops at 120")
+            raise InputError(f"piece {self.text[:20]!r}… has {len(text)} bytes; leave out pieces of more than 120")
         body = bytes([0x0A, len(text)]) + text + b"\x15" + struct.pack("<f", self.score)
         return bytes([0x0A, len(body)]) + body
 
@@ -219,7 +219,7 @@ def chinese_runs(texts: Sequence[str | Path], words: Sequence[str | Path] = ()) 
 def written(out: str | Path) -> Iterator[Path]:
     """A path beside `out` to write to; renamed to `out` at the end, or removed when something went wrong."""
     out = Path(out)
-    part = out.with_name(f".{out.name}.part{out.suffix}")
+    part, made = out.with_name(f".{out.name}.part"), not out.parent.exists()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -227,4 +227,7 @@ def written(out: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{out}: could not be written ({error.strerror}); choose another place") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+            if made:
+                out.parent.rmdir()  # which succeeds only if it was left empty

@@ -78,9 +78,13 @@ def _load_model(path: Path) -> Vocabulary:
     # the whitespace clean-up (4) and the escaping of spaces (5) off, so that a piece goes in exactly as it is written.
     alone = model.proto + b"\x1a\x06" + b"\x18\x00\x20\x00\x28\x00"
     special = frozenset(piece.text for piece in model.pieces if piece.kind != NORMAL)
-    encode, spell = (SentencePieceProcessor(model_proto=proto).encode for proto in (model.proto, alone))
+    whole, alone = (SentencePieceProcessor(model_proto=proto) for proto in (model.proto, alone))
+
+    def cut(processor: SentencePieceProcessor, texts: Sequence[str]) -> list[list[int]]:
+        return processor.encode(list(texts), num_threads=1)
+
     pieces = [piece.text for piece in model.pieces]
-    return Vocabulary(path.name, False, pieces, special, partial(encode, num_threads=1), partial(spell, num_threads=1))
+    return Vocabulary(path.name, False, pieces, special, partial(cut, whole), partial(cut, alone))
 
 
 def _load_json(path: Path) -> Vocabulary:
@@ -101,7 +105,7 @@ def _load_json(path: Path) -> Vocabulary:
         pieces[number] = piece
 
     def cut(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return [found.ids for found in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     special = frozenset(token["content"] for token in state["added_tokens"])
     name = path.parent.name if path.name == "tokenizer.json" else path.name
@@ -174,6 +178,8 @@ def merge(
     Raises:
         InputError: nothing to add (merged twice), or a piece that is special in one model and plain in the other.
     """
+    if scores not in ("below", "zero"):
+        raise ValueError(f'scores is {scores!r}; choose "below" or "zero"')
     first, second = Model.read_base(base), Model.read(extra)
     kinds = {piece.text: piece.kind for piece in first.pieces}
     clash = [p.text for p in second.pieces if (p.kind == NORMAL) != (kinds.get(p.text, NORMAL) == NORMAL)]
@@ -274,8 +280,8 @@ class Fertility:
 
 
 def fertility(tokenizer: str | Path | Vocabulary, text: str) -> Fertility:
-    """Count `text` in one vocabulary. (Rust 2021 et al. call tokens per word *fertility*; Chinese has no spaces, so
-    we count per character.)"""
+    """Count `text` in one vocabulary. (Rust and others, 2021, call tokens per word *fertility*; Chinese
+    has no spaces, so we count per character.)"""
     vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else load(tokenizer)
     runs = HAN.findall(text)
     if not runs:
