@@ -1,0 +1,235 @@
+"""Model shape and recipe in, bytes out, part by part: will it fit, and if not, what must shrink?
+
+Two moments of a training step compete for the peak:
+
+* **loss**: all that is kept for the backward pass, and three float32 tensors as large as the logits (log-probabilities
+  and two gradients): 12 bytes for every entry of the vocabulary at every labelled token, where the logits had 2;
+* **block**: all that is kept, the gradients inside one block, one matrix unpacked to 16 bits if the base is quantised,
+  and with checkpointing that block's own tensors, computed a second time.
+
+Nothing is loaded and nothing runs: `shapes` counts the weights, `activations` the tensors, and here they are added up,
+so a laptop can say what a 7B model needs on an 11 GB card. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
+
+from cvlib.activations import Step, block_saves, workspace
+from cvlib.recipes import Adapter, Recipe
+from cvlib.shapes import SHAPES, Shape, adapter_parameters, weight_bytes
+
+#: Bytes before the first tensor. CUDA: an allowance for driver and kernels, they differ by card; CPU: Python with torch
+#: and transformers imported, measured.
+CONTEXT = {"cuda": 500_000_000, "cpu": 550_000_000}
+MARGIN = 0.05  # share of the memory that `fits` leaves to the allocator's rounding and fragmentation
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many bytes, needed `always` or only at one moment: `loss` or `block`."""
+
+    name: str
+    bytes: int
+    when: str = "always"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The parts, in order."""
+
+    parts: tuple[Part, ...]
+
+    def at(self, moment: str) -> int:
+        """Bytes needed at `loss` or at `block`."""
+        return sum(part.bytes for part in self.parts if part.when in ("always", moment))
+
+    @property
+    def moment(self) -> str:
+        """The moment of the peak."""
+        return max(("block", "loss"), key=self.at)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes needed at any time."""
+        return self.at(self.moment)
+
+    @property
+    def largest(self) -> Part:
+        """The largest part that is there at the peak."""
+        return max((part for part in self.parts if part.when in ("always", self.moment)), key=lambda part: part.bytes)
+
+
+def budget(
+    shape: Shape,
+    adapter: Adapter,
+    step: Step,
+    checkpointing: bool = False,
+    reentrant: bool = False,
+    optimiser_bits: int = 32,
+) -> Budget:
+    """Bytes of a training step, by part.
+
+    Args:
+        checkpointing: keep only each block's input, compute the rest again.
+        reentrant: torch's older kind of checkpointing. At 8 bits it decides: bitsandbytes keeps what its int8 matrices
+            read where autograd cannot see it, and the newer kind, which only drops what it sees, never frees it.
+        optimiser_bits: AdamW's two moments in 32 bits; in 8, with a float32 absmax per 256; 0 if paged to main memory.
+
+    >>> adapter, step = Adapter(targets=["q_proj", "v_proj"]), Step(tokens=1024, labelled=1024, bits=8, dtype="float16")
+    >>> for checkpointing in (False, True):
+    ...     print(round(budget(SHAPES["llama-7b"], adapter, step, checkpointing, reentrant=True).peak / 1e9, 1))
+    14.3
+    8.3
+    """
+    t, e, layers = step.tokens, step.element, shape.layers
+    matrices, others = weight_bytes(shape, step.bits, e)
+    trained = adapter_parameters(shape, adapter)
+    moments = {32: 8 * trained, 8: 2 * (trained + 4 * ceil(trained / 256)), 0: 0}[optimiser_bits]
+    saves = block_saves(shape, adapter, step)
+    block = sum(saves.values())
+    whole = (layers - 1) * block + sum(block_saves(shape, adapter, step, first=True).values())
+    stream = layers * e * t * shape.hidden
+    unseen = layers * e * t * (2 * shape.hidden + shape.query_width + shape.intermediate) * (step.bits == 8)
+    twice = saves["shared inputs"] if unseen and not reentrant else 0  # the first copy is the one that is used
+    logits = step.labelled * shape.vocab
+    parts = [
+        Part(f"matrices of the blocks, {step.bits if step.bits < 16 else 8 * e} bits", matrices),
+        Part("embeddings, norms, head", others),
+        Part("adapters", 4 * trained),
+        Part("their gradients", 4 * trained),
+        Part("optimiser", moments),
+        Part("rotary tables", 2 * e * t * shape.head_dim),
+        Part("inputs of the blocks", checkpointing * (stream + step.packed * t * t)),  # and the mask, one byte each
+        Part("inputs of int8 matrices", checkpointing * (not reentrant) * unseen),
+        Part("activations", (not checkpointing) * whole),
+        Part("driver and libraries", CONTEXT[step.device]),
+        Part("final norm, places of labels", 4 * t * (shape.hidden + 1) + 16 * step.labelled, "loss"),
+        Part("log-probabilities, float32", 4 * logits, "loss"),
+        Part("their two gradients, float32", 8 * logits, "loss"),
+        Part("one block, computed again", checkpointing * (block - twice), "block"),
+        Part("gradients inside a block", workspace(shape, adapter, step), "block"),
+    ]
+    return Budget(tuple(part for part in parts if part.bytes))
+
+
+def serving(
+    shape: Shape, bits: int, tokens: int, rows: int = 1, dtype: str = "float16", device: str = "cuda"
+) -> Budget:
+    """Bytes of generating to `tokens` tokens, prompt included, in `rows` conversations at once.
+
+    >>> kv = [part for part in serving(SHAPES["llama-7b"], 4, tokens=2048).parts if part.name == "KV cache"]
+    >>> kv[0].bytes == 2 * 32 * 2048 * 4096 * 2      # keys and values, blocks, tokens, width, bytes
+    True
+    """
+    step = Step(rows * tokens, rows, bits=bits, dtype=dtype, device=device)
+    e = step.element
+    matrices, others = weight_bytes(shape, bits, e)
+    unpacked = e * shape.hidden * shape.intermediate * (bits < 16)
+    parts = [
+        Part(f"matrices of the blocks, {bits if bits < 16 else 8 * e} bits", matrices),
+        Part("embeddings, norms, head", others),
+        Part("KV cache", 2 * shape.layers * step.tokens * shape.key_width * e),
+        Part("driver and libraries", CONTEXT[device]),
+        Part("one block, reading the prompt", step.tokens * e * (3 * shape.intermediate + 3 * shape.hidden) + unpacked),
+        Part("logits and their float32 copy", (e + 4) * rows * shape.vocab),
+    ]
+    return Budget(tuple(part for part in parts if part.bytes))
+
+
+def of_recipe(recipe: Recipe, shape: Shape, device: str = "cuda", dtype: str = "float16") -> Budget:
+    """The budget of a recipe at its worst: every row of the longest length, and a label on every token.
+
+    `dtype` is what `auto` stands for on the machine meant (`loading.device_and_dtype`): float16 up to Turing.
+    """
+    plan, tokens = recipe.schedule, recipe.schedule.micro_rows * recipe.data.max_length
+    chosen = dtype if recipe.dtype == "auto" else recipe.dtype
+    step = Step(tokens, tokens, plan.micro_rows > 1, recipe.bits, chosen, device)
+    return budget(shape, recipe.adapter, step, plan.gradient_checkpointing)
+
+
+def fits(
+    recipe: Recipe, shape: Shape, available_bytes: int, device: str = "cuda", dtype: str = "float16"
+) -> tuple[bool, str]:
+    """Whether a recipe trains in the memory there is, and one line: how much it needs, or what to change.
+
+    >>> from cvlib import recipes
+    >>> recipe = recipes.load("smollm2-cpu", ["bits=8", "schedule.micro_rows=1"])
+    >>> fits(recipe, SHAPES["llama-13b"], 11_500_000_000)[0]
+    False
+    """
+    room = available_bytes * (1 - MARGIN)
+    needed = of_recipe(recipe, shape, device, dtype)
+    if needed.peak <= room:
+        return True, f"needs {needed.peak / 1e9:.1f} of {available_bytes / 1e9:.1f} GB"
+    largest = f"{needed.largest.name}: {needed.largest.bytes / 1e9:.1f} GB"
+    start = f"needs {needed.peak / 1e9:.1f} GB, {available_bytes / 1e9:.1f} are there ({largest}); "
+    for smaller in _smaller(recipe):
+        peak = of_recipe(smaller, shape, device, dtype).peak
+        if peak <= room:
+            old, new = _settings(recipe), _settings(smaller)
+            changes = " ".join(f"--set {key}={new[key]}" for key in new if new[key] != old[key])
+            return False, f"{start}{peak / 1e9:.1f} GB with {changes}"
+    return False, start + "no setting makes it fit: choose a smaller base"
+
+
+def _smaller(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with cheaper settings, in the order of their price: micro-batch, checkpointing, length, bits."""
+    plan, length = recipe.schedule, recipe.data.max_length
+    options = product(
+        [bits for bits in (16, 8, 4) if bits <= recipe.bits],
+        [length // part for part in (1, 2, 4) if length // part >= min(length, 256)],
+        sorted({plan.gradient_checkpointing, True}),
+        [rows for rows in range(plan.micro_rows, 0, -1) if plan.batch_rows % rows == 0],
+    )
+    for bits, max_length, checkpointing, micro_rows in options:
+        schedule = replace(plan, micro_rows=micro_rows, gradient_checkpointing=checkpointing)
+        yield replace(recipe, bits=bits, data=replace(recipe.data, max_length=max_length), schedule=schedule)
+
+
+def _settings(recipe: Recipe) -> dict[str, str]:
+    """What `_smaller` changes, as the command line spells it."""
+    return {
+        "schedule.micro_rows": str(recipe.schedule.micro_rows),
+        "schedule.gradient_checkpointing": str(recipe.schedule.gradient_checkpointing).lower(),
+        "data.max_length": str(recipe.data.max_length),
+        "bits": str(recipe.bits),
+    }
+
+
+def table(budget: Budget) -> list[list]:
+    """Rows for `show.Table(["part", "GB", "when"], …)`; the last one is the peak."""
+    rows = [[part.name, round(part.bytes / 1e9, 3), part.when] for part in budget.parts]
+    return [*rows, ["peak", round(budget.peak / 1e9, 3), f"at the {budget.moment}"]]
+
+
+def reported() -> list[list]:
+    """What Chinese-Vicuna reported beside what we predict: [model, reported GB, predicted GB, the difference].
+
+    Its finetune.py: 4 rows padded to 256 tokens, every position labelled (trap 1), q and v adapted, checkpointing of
+    the older kind. Figures from its README and issues 91 and 202, rounded there; we did not measure any of them.
+    """
+    small, large = SHAPES["llama-7b"], SHAPES["llama-13b"]
+    adapter, step = Adapter(), Step(tokens=4 * 256, labelled=4 * 256, bits=8, dtype="float16")
+
+    def predicted(budget: Budget) -> float:
+        return round(budget.peak / 1e9, 1)
+
+    def training(shape: Shape) -> float:
+        return predicted(budget(shape, adapter, step, checkpointing=True, reentrant=True))
+
+    return [
+        ["7B, 8 bits, loaded", "8", predicted(serving(small, 8, 256)), "rounded; driver and kernels differ by card"],
+        ["7B, 8 bits, training", "8.2 to 9", training(small), "evaluation scores 8 rows at once: twice the logits"],
+        ["13B, 8 bits, loaded", "14", predicted(serving(large, 8, 256)), "rounded; driver and kernels differ by card"],
+        [
+            "13B, 8 bits, training",
+            "18",
+            training(large),
+            "not explained by the parts; perhaps the allocator's free blocks, which a 24 GB card lets it keep",
+        ],
+        ["7B, 4 bits, loaded", "4 to 5", predicted(serving(small, 4, 256)), "not said whether loaded or in training"],
+    ]
