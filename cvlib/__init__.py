@@ -4,7 +4,11 @@ Every module holds one idea and imports only modules above it in the table of `t
 Nothing heavy is imported here: `import cvlib` must stay instant.
 """
 
+import logging
 from pathlib import Path
+
+# Without a GPU bitsandbytes reports, when it is imported, that an optional package is missing; that is no news here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 

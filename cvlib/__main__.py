@@ -28,9 +28,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no shortened options and refuses in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def natural(text: str) -> int:
+    """A number of things given on the command line: 0, 1, 2, …"""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="cvlib", description="The package behind the book Teach a Llama Chinese.")
+    top = Parser(prog="cvlib", description="The package behind the book Teach a Llama Chinese.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -59,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--rows", nargs="+", type=Path, metavar="FILE", help="row files; their held-out split is scored"
     )
-    command.add_argument("--limit", type=int, help="score at most so many rows of each file")
-    command.add_argument("--answers", type=int, default=0, metavar="N", help="also answer N questions of each file")
+    command.add_argument("--limit", type=natural, help="score at most so many rows of each file")
+    command.add_argument("--answers", type=natural, default=0, metavar="N", help="also answer N questions of each file")
 
     command = add("chat", chat, "talk to a model in the terminal")
     model_options(command)
@@ -110,7 +127,7 @@ def doctor(options: argparse.Namespace) -> None:
     from cvlib.doctor import examine
 
     found = examine()
-    lines = [f"{item.name:<14} {item.value}" + (f"\n{'':<14} → {item.mend}" if item.mend else "") for item in found]
+    lines = [f"{item.name:<18} {item.value}" + (f"\n{'':<18} → {item.mend}" if item.mend else "") for item in found]
     say(options, [dataclasses.asdict(item) for item in found], "\n".join(lines))
 
 
@@ -173,6 +190,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
     files = options.rows or ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
     held_out = {str(file): messages.split(messages.read(locate(file)))[1][: options.limit] for file in files}
+    for file, rows in held_out.items():
+        if not rows:
+            raise InputError(f"{file}: no row is held out to be scored; add rows or raise --limit")
     recipe, model, tokenizer = chosen(options)
     from cvlib import evaluation, generation
 
@@ -202,7 +222,15 @@ def chat(options: argparse.Namespace) -> None:
 
     talk = Chat(model, tokenizer, recipe.template, recipe.decoding)
     stream = sys.stderr if options.json else sys.stdout  # the transcript is alone on standard output
-    terminal(talk, write=lambda text: print(text, end="", flush=True, file=stream))
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True, file=stream)
+
+    def ask(prompt: str) -> str:
+        write(prompt)  # input() itself would write it to standard output
+        return input()
+
+    terminal(talk, write, ask if options.json else input)
     if options.json:
         say(options, [dataclasses.asdict(turn) for turn in talk.history], "")
 

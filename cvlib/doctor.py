@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from importlib import metadata
 
-from cvlib import assets, loading
+from cvlib import assets, loading, memory, recipes, shapes
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -30,6 +30,13 @@ def versions() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
 
 
+def summary() -> str:
+    """Versions and device in two lines, for the head of a notebook."""
+    device, dtype = loading.device_and_dtype()
+    value = card(device)[0] if device == "cuda" else f"{device}, {os.cpu_count()} cores, {capability()}"
+    return f"Python {platform.python_version()}, {versions()}\n{value}; computing in {dtype}"
+
+
 def examine() -> list[Finding]:
     """Processor, card, number format, memory, disk and versions."""
     device, dtype = loading.device_and_dtype()
@@ -41,9 +48,10 @@ def examine() -> list[Finding]:
         Finding(
             "16-bit format", dtype, "" if dtype != "float32" else "no fast bfloat16 here: expect a third of the speed"
         ),
-        memory(),
+        Finding("memory", f"{main_memory() / 1e9:.1f} GB" if main_memory() else "unknown on this system"),
         disk(),
         Finding("running model", *running_model()),
+        *fitting(device, dtype),
     ]
 
 
@@ -68,15 +76,28 @@ def card(device: str) -> tuple[str, str]:
     return value, ""
 
 
-def memory() -> Finding:
-    """Main memory of this machine."""
+def main_memory() -> int:
+    """Bytes of main memory, 0 where the system does not say."""
     try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):
-        return Finding("memory", "unknown on this system")
-    return Finding(
-        "memory", f"{total:.1f} GB", "" if total >= 6 else "the notebooks need about 6 GB: close other programs"
-    )
+        return 0
+
+
+def fitting(device: str, dtype: str) -> list[Finding]:
+    """For every shipped recipe, whether it trains in the memory of this device, or what to change."""
+    if device == "cuda":
+        import torch
+
+        room = torch.cuda.get_device_properties(0).total_memory
+    else:
+        room = main_memory()
+    found = []
+    for name in recipes.names() if room else ():
+        recipe = recipes.load(name)
+        fits, line = memory.fits(recipe, shapes.shape_of(recipe.base), room, device, dtype)
+        found.append(Finding(f"recipe {name}", line if fits else "does not fit", "" if fits else line))
+    return found
 
 
 def disk() -> Finding:

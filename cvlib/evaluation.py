@@ -88,7 +88,7 @@ class Score:
 
 
 @torch.no_grad()
-def score(model, tokenizer, conversations: Sequence[Conversation], template: str, max_tokens: int = 2048) -> Score:
+def score(model, tokenizer, conversations: Sequence[Conversation], template: str, max_tokens: int = 1024) -> Score:
     """Losses of the answers in `conversations`, in evaluation mode; `max_tokens` at once bounds the memory.
 
     Raises:

@@ -15,10 +15,10 @@ Three things happen here and nowhere else:
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 from cvlib import InputError, assets
@@ -49,23 +49,24 @@ def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | N
         InputError: an unknown base, an impossible number of bits, or an adapter of another base.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # On a CPU bitsandbytes reports that an optional GPU package is missing; that is no news to the reader.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     device, native = device_and_dtype()
-    folder = resolve(base)
     compute = getattr(torch, native if dtype == "auto" else dtype)
-    model = _quiet(
-        AutoModelForCausalLM.from_pretrained,
-        folder,
-        dtype=compute,
-        device_map={"": device},
-        quantization_config=quantization(bits, compute),
-    )
+    options = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantization(bits, compute)}
+    if adapter:
+        belongs(adapter, base)
+    folder = resolve(base)
+    try:
+        model = quiet(AutoModelForCausalLM.from_pretrained, folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{base}: could not be loaded ({reason}); name a model with its tokenizer, and check the network"
+        ) from None
     keep_trainable(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model.config.cvlib_base = base
     return (attach(model, adapter, base) if adapter else model), tokenizer
 
 
@@ -99,17 +100,27 @@ def keep_trainable(model) -> None:
 def attach(model, adapter: str | Path, base: str, trainable: bool = False):
     """Lay an adapter folder over a base model, after checking that the two belong together."""
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    settings = read_adapter(adapter)
-    made_for = settings.get("base_model_name_or_path")
+    belongs(adapter, base)
+    try:
+        with warnings.catch_warnings():  # peft only warns when it finds nothing for a matrix (trap 15)
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return quiet(PeftModel.from_pretrained, model, str(adapter), is_trainable=trainable)
+    except (RuntimeError, IndexError, ValueError, SafetensorError, UserWarning) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{adapter}: its weights do not fit {base!r} ({reason}); train it again") from None
+
+
+def belongs(adapter: str | Path, base: str) -> None:
+    """Refuse an adapter that has no weights or was trained on another base; costs nothing, so ask before loading."""
+    made_for = read_adapter(adapter).get("base_model_name_or_path")
     if made_for != base:
         raise InputError(
             f"{adapter}: this adapter was trained on {made_for!r}, not on {base!r}; load it over {made_for!r}"
         )
-    try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (RuntimeError, IndexError) as error:
-        raise InputError(f"{adapter}: its weights do not fit {base!r} ({str(error).splitlines()[0]})") from None
+    if not (Path(adapter) / "adapter_model.safetensors").is_file():
+        raise InputError(f"{adapter}: no adapter_model.safetensors here; name the folder that `cvlib train` wrote")
 
 
 def read_adapter(folder: str | Path) -> dict:
@@ -117,7 +128,10 @@ def read_adapter(folder: str | Path) -> dict:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no adapter_config.json here; name the folder that `cvlib train` wrote")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); train the adapter again or mend this file") from None
 
 
 def resolve(base: str) -> str:
@@ -146,7 +160,7 @@ def convert(name: str, gguf: Path) -> Path:
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = _quiet(AutoModelForCausalLM.from_pretrained, **source, dtype=torch.float32)
+        model = quiet(AutoModelForCausalLM.from_pretrained, **source, dtype=torch.float32)
         del model.config.quantization_config  # the weights are plain now;
         model.hf_quantizer = None  # transformers would refuse to save them otherwise
         model.save_pretrained(part)
@@ -172,14 +186,16 @@ def mend_tokenizer(**source):
     return tokenizer
 
 
-def _quiet(call, *args, **options):
-    """Run a transformers loader without its own progress bars, which would fill a notebook."""
+def quiet(call, *args, **options):
+    """Run a loader without its own progress bars and the deprecations libraries report of each other."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        return call(*args, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return call(*args, **options)
     finally:
         if shown:
             bars.enable_progress_bar()

@@ -67,7 +67,7 @@ def _instruction(row: dict) -> Conversation:
     earlier = _earlier_turns(context)
     if earlier:
         return [*earlier, Message("user", request), Message("assistant", answer)]
-    joined = f"{request}\n{context}" if context.strip() else request
+    joined = "\n".join(text for text in (request, context) if text.strip())
     return [Message("user", joined), Message("assistant", answer)]
 
 
@@ -97,7 +97,7 @@ def _listed(key: str, role: str, text: str):
         turns = row[key]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f'"{key}" must be a list of turns with "{role}" and "{text}"')
-        unknown = [turn.get(role) for turn in turns if turn.get(role) not in ROLES]
+        unknown = [turn.get(role) for turn in turns if turn.get(role) not in list(ROLES)]
         if unknown:
             raise ValueError(f'"{role}" is {unknown[0]!r}; use one of {", ".join(ROLES)}')
         return [Message(ROLES[turn[role]], _text(turn, text)) for turn in turns]
@@ -131,7 +131,9 @@ def _checked(conversation: Conversation) -> Conversation:
     for turn in conversation:
         if not isinstance(turn.content, str) or not turn.content.strip():
             raise ValueError(f"the {turn.role}'s text is empty")
-    return conversation
+        if re.search("[\ud800-\udfff]", turn.content):
+            raise ValueError(f"the {turn.role}'s text holds half a character, such as \\ud83d")
+    return [Message(turn.role, turn.content.strip()) for turn in conversation]
 
 
 def scan(path: str | Path) -> Iterator[tuple[int, Conversation | InputError]]:
@@ -169,18 +171,31 @@ def _texts(path: Path) -> Iterator[tuple[int, str | dict]]:
         raise InputError(f"{path}: no such file; name a .jsonl or .json file of rows")
     try:
         with path.open(encoding=encoding(path)) as stream:
-            if stream.read(1) == "[":
-                stream.seek(0)
+            array = next((line for line in stream if line.strip()), "").lstrip().startswith("[")
+            stream.seek(0)
+            if array:
                 yield from enumerate(json.load(stream), 1)
                 return
-            stream.seek(0)
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is neither UTF-8 nor GB18030; save the file as UTF-8") from None
+        raise InputError(
+            f"{path}:{_undecodable(path, error.encoding)}: neither UTF-8 nor GB18030; save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not a valid JSON array ({error.msg}); mend this line") from None
+
+
+def _undecodable(path: Path, codec: str) -> int:
+    """The first line whose bytes the codec refuses; neither codec uses the newline's byte in any other character."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode(codec)
+            except UnicodeDecodeError:
+                return number
+    return number
 
 
 def encoding(path: Path) -> str:

@@ -46,6 +46,18 @@ def figure(x: str, y: str, title: str = ""):
     return axes
 
 
+def panels(titles: Sequence[str], x: str, y: str) -> list:
+    """Axes side by side on one y axis, one for each title."""
+    import matplotlib.pyplot as plt
+
+    style()
+    _, axes = plt.subplots(1, len(titles), figsize=(8, 3.4), sharey=True, layout="constrained")
+    for each, title in zip(axes, titles, strict=True):
+        each.set(title=title, xlabel=x)
+    axes[0].set_ylabel(y)
+    return list(axes)
+
+
 def curves(lines: Mapping[str, Sequence[float]], x: str, y: str, title: str = "", smooth: int = 1) -> None:
     """One line per entry against its index from 1; `smooth` > 1 draws a running mean over the faint raw line."""
     import matplotlib.pyplot as plt
@@ -87,7 +99,7 @@ def intervals(points: Mapping[str, tuple[float, float, float]], x: str, title: s
 
 
 def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str, y: str, label: str):
-    """A heat map with its number in every cell; `label` says what the colour means, with its unit. None: not measured."""
+    """A heat map with its number in every cell; `label`: what the colour means, with its unit; None: not measured."""
     import matplotlib.pyplot as plt
 
     axes = figure(x, y)
@@ -117,8 +129,8 @@ class Table:
 
     def __init__(self, columns: Sequence[str], rows: Sequence[Sequence]):
         self.columns = list(columns)
-        self.rows = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
-        self.right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
+        self.rows = [[_cell(value) for value in row] for row in rows]
+        self.right = [all(not isinstance(row[i], str | bool) for row in rows) for i in range(len(columns))]
 
     def __repr__(self) -> str:
         lines = [self.columns, *self.rows]
@@ -138,6 +150,15 @@ class Table:
 
         body = "".join(row(cells, "td") for cells in self.rows)
         return f'<table class="table"><thead>{row(self.columns, "th")}</thead><tbody>{body}</tbody></table>'
+
+
+def _cell(value) -> str:
+    """A table's cell as text; None is what was not measured."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _width(text: str) -> int:

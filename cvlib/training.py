@@ -27,7 +27,7 @@ import torch
 import yaml
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from cvlib import ROOT, InputError, loading
+from cvlib import ROOT, InputError, loading, sources
 from cvlib.batching import Example, encode, flatten
 from cvlib.evaluation import token_losses
 from cvlib.messages import Conversation, read, split
@@ -75,9 +75,9 @@ def train(recipe: Recipe, out: str | Path, loaded=None) -> Run:
     model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype)
     examples = prepare(training_rows(recipe.data.train), tokenizer, recipe)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    steps = Steps(part / "metrics.jsonl")
     try:
         model = add_adapter(model, recipe.adapter, recipe.base, recipe.schedule.gradient_checkpointing)
-        steps = Steps(part / "metrics.jsonl")
         started = time.perf_counter()
         trainer = AnswerTrainer(
             model=model,
@@ -93,13 +93,18 @@ def train(recipe: Recipe, out: str | Path, loaded=None) -> Run:
         os.chmod(part, 0o755)
         os.replace(part, out)
     finally:
+        steps.close()
         shutil.rmtree(part, ignore_errors=True)
     return Run(out, steps.rows, seconds, model, tokenizer)
 
 
 def training_rows(files: Iterable[str]) -> list[Conversation]:
-    """Conversations of the training split of every file; paths are taken from here, else from the repository."""
-    rows = [row for file in files for row in split(read(locate(file)))[0]]
+    """Conversations of the training split of every file or source named in a recipe."""
+    rows = [
+        row for name in files for row in split(sources.rows(name) if name in sources.names() else read(locate(name)))[0]
+    ]
+    if not rows and files:
+        raise InputError(f"{', '.join(files)}: every row falls into the held-out split; add rows to train on")
     if not rows:
         raise InputError("data.train is empty; name at least one file of rows")
     return rows
@@ -107,7 +112,8 @@ def training_rows(files: Iterable[str]) -> list[Conversation]:
 
 def locate(file: str) -> Path:
     """A row file named in a recipe: relative to the current folder, else to the repository."""
-    return Path(file) if Path(file).exists() else ROOT / file
+    inside = ROOT / file
+    return inside if inside.exists() and not Path(file).exists() else Path(file)
 
 
 def prepare(conversations: Iterable[Conversation], tokenizer, recipe: Recipe) -> list[Example]:
@@ -125,7 +131,8 @@ def add_adapter(model, adapter: Adapter, base: str, checkpointing: bool = False)
     from peft import LoraConfig, get_peft_model
 
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        way = {"use_reentrant": False}
+        loading.quiet(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs=way)
         model.enable_input_require_grads()  # trap 14: frozen embeddings would leave nothing to differentiate
     config = LoraConfig(
         r=adapter.r,
@@ -134,7 +141,7 @@ def add_adapter(model, adapter: Adapter, base: str, checkpointing: bool = False)
         target_modules=adapter.targets,
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, config)
+    peft_model = loading.quiet(get_peft_model, model, config)
     peft_model.peft_config["default"].base_model_name_or_path = base
     return peft_model
 
@@ -163,6 +170,7 @@ def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:
         fp16=model.dtype == torch.float16 and model.device.type == "cuda",
         seed=plan.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # Trainer would print an earlier loss in place of one that is not finite
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -224,7 +232,8 @@ class Steps(TrainerCallback):
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args, state, control, **_):
+    def close(self) -> None:
+        """End the progress bar's line, also when the run was stopped."""
         if self.bar is not None:
             self.bar.close()
 
@@ -233,7 +242,12 @@ def save(model, recipe: Recipe, folder: Path) -> None:
     """Write the adapter and its recipe into `folder`, after checking that the adapter changes something (trap 7)."""
     learnt = [weight for name, weight in model.named_parameters() if "lora_B" in name]
     if not learnt or not any(weight.any() for weight in learnt):
-        raise InputError("every B of the adapter is zero, so it would change nothing; train for at least one step")
+        raise InputError(
+            "every B of the adapter is zero, so it would change nothing; train for more steps or with "
+            "schedule.warmup_ratio=0: the first step of a warm-up has rate 0"
+        )
+    if not all(weight.isfinite().all() for weight in learnt):
+        raise InputError("the adapter holds numbers that are not finite; lower schedule.learning_rate")
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     text = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,14 @@ import yaml
 from cvlib import InputError
 
 FOLDER = Path(__file__).parent
+#: What a field's type means in a recipe file: the Python type, and the words of an error message.
+KINDS = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "list[str]": (list, "a list of texts, such as [a, b]"),
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -78,9 +87,7 @@ class Schedule:
     scheduler: str = setting("linear", "what happens after the peak", ("linear", "cosine", "constant_with_warmup"))
     weight_decay: float = setting(0.0, "AdamW's decay of the adapter weights")
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it")
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations backward: less memory, a third slower"
-    )
+    gradient_checkpointing: bool = setting(False, "recompute activations backward: less memory, a third slower")
     seed: int = setting(42, "seed of initialisation, order and dropout")
 
     def __post_init__(self):
@@ -95,6 +102,7 @@ class Schedule:
             self.batch_rows,
             f"choose a multiple of micro_rows, which is {self.micro_rows}",
         )
+        need(0 <= self.seed < 2**32, "schedule.seed", self.seed, "choose a number from 0 to 2^32 - 1")
 
 
 @dataclass
@@ -114,6 +122,7 @@ class Decoding:
         need(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "choose a probability above 0, at most 1")
         need(self.repetition_penalty >= 1, "decoding.repetition_penalty", self.repetition_penalty, "choose 1 or more")
         need(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "ask for at least one token")
+        need(0 <= self.seed < 2**32, "decoding.seed", self.seed, "choose a number from 0 to 2^32 - 1")
 
 
 @dataclass
@@ -161,6 +170,8 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         raise InputError(f"recipe {str(source)!r} not found; choose one of {', '.join(names())} or name a .yaml file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
@@ -180,7 +191,10 @@ def _override(values: dict, override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise InputError(f"--set {override!r}: {parent!r} holds a value, not further keys")
-    values[last] = yaml.safe_load(value)
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: not valid YAML ({error.problem}); mend the value") from None
 
 
 def _build(cls: type, values: dict, where: str, prefix: str) -> Any:
@@ -212,11 +226,14 @@ def _checked(item: dataclasses.Field, value: Any, where: str) -> Any:
     try:
         if kind == "float" and not isinstance(value, bool):
             value = float(value)
-        right = {"int": int, "float": float, "str": str, "bool": bool, "list[str]": list}[kind]
-        if not isinstance(value, right) or (kind == "int" and isinstance(value, bool)):
+        if not isinstance(value, KINDS[kind][0]) or (kind == "int" and isinstance(value, bool)):
             raise TypeError
-    except (TypeError, ValueError):
-        raise InputError(f"{where} is {value!r}; write a {kind}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
+            raise TypeError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where} is {value!r}; write {KINDS[kind][1]}") from None
     for part in value if isinstance(value, list) else [value]:
         if item.metadata["choices"] and part not in item.metadata["choices"]:
             raise InputError(f"{where} is {part!r}; choose among {', '.join(map(str, item.metadata['choices']))}")

@@ -1,0 +1,261 @@
+"""The command line: one line and exit code 2 for what cannot be used, and `--json` that a program can read."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cvlib import InputError, __main__, recipes
+from cvlib.__main__ import main
+
+GOOD = '{"instruction": "问题%d", "output": "好"}\n'
+COMMANDS = ["doctor", "assets", "train", "evaluate", "chat"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = left.code
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The command refuses: code 2, nothing on standard output, one line with all the words."""
+
+    def call(arguments, *words):
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("cvlib")
+        assert "Traceback" not in err
+        for word in words:
+            assert str(word) in err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, rows_file, tmp_path_factory):
+    """A run of three steps on the tiny base, made by the command line: its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    recipe = folder.parent / "mine.yaml"
+    recipe.write_text(f"base: {tiny}\ndata: {{train: ['{rows_file}']}}\nadapter: {{dropout: 0.0}}\n", encoding="utf-8")
+    options = ["--set", "schedule.max_steps=3", "--set", "schedule.batch_rows=8", "--set", "schedule.micro_rows=4"]
+    command = [sys.executable, "-m", "cvlib", "train", str(recipe), *options, "-o", str(folder), "--json"]
+    return folder, subprocess.run(command, capture_output=True, text=True)
+
+
+# the whole way
+
+
+def test_train_as_a_program_sees_it(trained):
+    folder, done = trained
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["folder"], found["steps"]) == (str(folder), 3)
+    assert found["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert "Warning" not in done.stderr
+    assert "kernels" not in done.stderr
+
+
+def test_evaluate(trained, rows_file, run):
+    folder, _ = trained
+    code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3, "--answers", 2, "--json")
+    assert code == 0
+    (found,) = json.loads(out)
+    assert found["file"] == str(rows_file)
+    assert found["rows"] == 3
+    assert found["low"] <= found["bits_per_byte"] <= found["high"]
+    assert 0 <= found["han_share"] <= 1
+    code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3)
+    assert f"{rows_file}: {found['bits_per_byte']:.3f} bits per byte" in out
+
+
+def test_chat(trained, run, monkeypatch):
+    folder, _ = trained
+    monkeypatch.setattr("sys.stdin", io.StringIO("你好\n/exit\n"))
+    code, out, err = run("chat", "--adapter", folder, "--set", "max_new_tokens=3", "--json")
+    assert code == 0
+    turns = json.loads(out)  # the prompt and the transcript went to standard error
+    assert [turn["role"] for turn in turns] in (["user", "assistant"], [])  # a random model may say nothing at all
+    assert "/help" in err
+    assert "> " in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
+    code, out, err = run("chat", "--adapter", folder, "--set", "max_new_tokens=3")
+    assert code == 0
+    assert "> " in out
+
+
+def test_doctor_and_assets(run):
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    assert {"name", "value", "mend"} == set(json.loads(out)[0])
+    code, out, _ = run("doctor")
+    assert "processor" in out
+    code, out, _ = run("assets", "--json")
+    assert {"smollm2-135m", "china-law"} <= {row["name"] for row in json.loads(out)}
+    code, out, _ = run("assets", "smollm2-135m", "--json")
+    assert json.loads(out)["smollm2-135m"].endswith(".gguf")
+    code, out, _ = run("assets")
+    assert re.search(r"✓ smollm2-135m .* MB +Apache-2.0", out)
+
+
+# rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "words"),
+    [
+        (GOOD * 16 + '{"instruction": "x", "output":\n' + GOOD, ":17: ", "not valid JSON"),
+        (GOOD * 16 + '{"input": "x", "output": "y"}\n', ":17: ", 'no key "instruction"'),
+        (GOOD * 16 + '{"instruction": "x", "output": ""}\n', ":17: ", "the assistant's text is empty"),
+        ("", ": ", "no rows in this file; give at least one"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_bad_rows(command, content, place, words, refused, tmp_path, tiny):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content.replace("%d", "1"), encoding="utf-8")
+    if command == "train":
+        arguments = [
+            "train",
+            "smollm2-cpu",
+            "--set",
+            f"base={tiny}",
+            "--set",
+            f"data.train=[{file}]",
+            "-o",
+            tmp_path / "run",
+        ]
+    else:
+        arguments = ["evaluate", "--rows", file]
+    refused(arguments, f"cvlib {command}: {file}{place}", words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_files_that_are_not_there(refused, tmp_path):
+    refused(["evaluate", "--rows", tmp_path / "none.jsonl"], tmp_path / "none.jsonl", "no such file")
+    refused(["train", "nosuch"], "recipe 'nosuch' not found; choose one of", "smollm2-cpu")
+    refused(["train", tmp_path / "none.yaml"], "none.yaml", "not found")
+    refused(["chat", "--adapter", tmp_path / "none"], "no adapter_config.json here", "cvlib train")
+
+
+def test_rows_with_nothing_held_out(refused, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"instruction": "请介绍一下北京。", "output": "好"}', encoding="utf-8"
+    )  # not held out, see test_messages
+    refused(["evaluate", "--rows", file], file, "no row is held out")
+
+
+# recipes and adapters that cannot be used
+
+
+def test_a_recipe_with_an_unknown_key(refused, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("schedule:\n  learnin_rate: 1e-3\n")
+    refused(["train", file], "mine.yaml", "'schedule.learnin_rate'", "did you mean 'schedule.learning_rate'")
+    file.write_text("base: x\nadapter: {r: 8\n")
+    refused(["train", file], f"{file}:3", "not valid YAML")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("adapter.r=zero", "adapter.r is 'zero'; write a whole number"),
+        ("adaptr.r=1", "unknown key 'adaptr'; did you mean 'adapter'?"),
+        ("adapter.r", "write key=value"),
+        ("adapter.targets=[q_proj", "not valid YAML"),
+        ("bits=7", "bits is 7; choose among 16, 8, 4"),
+    ],
+)
+def test_a_value_that_cannot_be_meant(override, words, refused):
+    refused(["train", "smollm2-cpu", "--set", override], words)
+
+
+def test_a_decoding_that_cannot_be_meant(refused):
+    refused(["chat", "--set", "temperature=-1"], "decoding.temperature is -1.0; choose 0 or more")
+    refused(["chat", "--set", "heat=1"], "unknown key 'decoding.heat'")
+
+
+def test_an_adapter_of_another_base(trained, refused):
+    folder, _ = trained
+    for command in ("chat", "evaluate"):
+        base = recipes.load(folder / "recipe.yaml").base
+        refused([command, "smollm2-135m", "--adapter", folder], folder, base, "'smollm2-135m'", "load it over")
+
+
+def test_a_run_folder_that_exists(trained, refused):
+    folder, _ = trained
+    refused(["train", "smollm2-cpu", "-o", folder], f"{folder}: exists already; name another folder or remove it")
+
+
+def test_an_unknown_asset_and_base(refused):
+    refused(["assets", "smollm"], "asset 'smollm' is unknown; choose one of smollm2-135m")
+    refused(["chat", "smollm"], "base 'smollm' is not an asset", "org/name")
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "smollm2-cpu", "--bogus"], "unrecognized arguments: --bogus"),
+        (["train", "smollm2-cpu", "--js"], "unrecognized arguments: --js"),  # no shortened options
+        (["evaluate", "--limit", "-1"], "'-1' is not a whole number from 0"),
+        (["evaluate", "--answers", "few"], "'few' is not a whole number from 0"),
+        (["chat", "--bits", "5"], "choose from"),
+        (["train"], "required: RECIPE"),
+        (["tran"], "invalid choice: 'tran'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_options_that_do_not_exist(arguments, words, refused):
+    refused(arguments, words, "--help")
+
+
+def test_every_command_takes_json_and_explains_itself(run):
+    for command in COMMANDS:
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert "--json" in out
+
+
+def test_help_for_train_lists_every_key_of_a_recipe(run):
+    _, out, _ = run("train", "--help")
+    for key in ("base=", "adapter.targets=", "schedule.learning_rate=", "decoding.top_p="):
+        assert key in out
+    assert "smollm2-cpu" in out
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    """Only the reader's input is answered in one line."""
+    monkeypatch.setattr(__main__, "say", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["assets"])
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, run):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "say", stopped)
+    assert run("assets") == (130, "", "\ncvlib assets: stopped\n")
+
+
+def test_an_input_error_is_a_value_error():
+    assert issubclass(InputError, ValueError)

@@ -1,0 +1,341 @@
+"""Training: every weight that should learn does, the loss is the answers' loss, and a run that cannot work says so."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from cvlib import InputError, loading, recipes, training
+from cvlib.batching import IGNORE_INDEX, flatten
+from cvlib.evaluation import score, token_losses
+from cvlib.messages import read, split
+from cvlib.training import add_adapter, prepare, train, training_rows
+
+REPACKS = torch.cpu._is_avx512_bf16_supported() and not torch.cuda.is_available()
+
+
+@pytest.fixture
+def make(tiny, rows_file):
+    """A recipe on the tiny base: three steps of eight rows, no dropout, no warm-up."""
+
+    def recipe(*overrides):
+        always = [f"base={tiny}", f"data.train=[{rows_file}]", "dtype=float32", "adapter.dropout=0"]
+        steps = ["schedule.max_steps=3", "schedule.batch_rows=8", "schedule.micro_rows=4", "schedule.warmup_ratio=0"]
+        return recipes.load("smollm2-cpu", [*always, *steps, *overrides])
+
+    return recipe
+
+
+def trainable(model):
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def gradients(model, tokenizer, rows_file):
+    """Gradients of every trainable weight after one backward pass over two rows."""
+    examples = prepare(read(rows_file)[:2], tokenizer, recipes.Recipe())
+    model.train()
+    token_losses(model, {name: part.to(model.device) for name, part in flatten(examples).items()}).mean().backward()
+    return {name: weight.grad for name, weight in trainable(model).items()}
+
+
+def wake(model):
+    """Give every B a value: while it is zero, A's gradient is rightly zero."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    return model
+
+
+# gradients (traps 14 and 21)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_every_trainable_weight_gets_a_gradient_also_after_an_evaluation(bits, checkpointing, tiny, rows_file):
+    base, tokenizer = loading.load(str(tiny), bits)
+    rows = read(rows_file)[:4]
+    score(base, tokenizer, rows, "chatml")  # trap 21: this forward must not repack the weights
+    seven = recipes.Adapter(dropout=0.0, targets=list(recipes.PROJECTIONS))
+    model = wake(add_adapter(base, seven, str(tiny), checkpointing))
+    score(model, tokenizer, rows, "chatml")
+    found = gradients(model, tokenizer, rows_file)
+    assert len(found) == 2 * 7 * 2  # layers × matrices × (A and B)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in found.values())
+    assert all(weight.dtype == torch.float32 for weight in trainable(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes.*an autograd kernel was not registered")
+@pytest.mark.skipif(not REPACKS, reason="bitsandbytes repacks 4-bit weights only on CPUs with AVX512-BF16")
+def test_without_keep_trainable_nothing_learns_and_the_guard_says_so(tiny, make, tmp_path, monkeypatch):
+    """Trap 21 as it happens: evaluate, then train. The loss would print all the same."""
+    monkeypatch.setattr(loading, "keep_trainable", lambda model: None)
+    model, tokenizer = loading.load(str(tiny), 4)
+    score(model, tokenizer, training_rows(make().data.train)[:4], "chatml")
+    with pytest.raises(InputError, match=r"trainable parameters got no gradient \(first: .*lora"):
+        train(make("bits=4", "dtype=auto"), tmp_path / "run", loaded=(model, tokenizer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpointing_changes_no_gradient(tiny, rows_file):
+    found = []
+    for checkpointing in (False, True):
+        base, tokenizer = loading.load(str(tiny), dtype="float32")
+        torch.manual_seed(0)
+        model = wake(add_adapter(base, recipes.Adapter(dropout=0.0), str(tiny), checkpointing))
+        found.append(gradients(model, tokenizer, rows_file))
+        assert base.model.layers[0].gradient_checkpointing is checkpointing
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_the_guard_stops_at_a_weight_without_gradient(make, tmp_path, monkeypatch):
+    def unused(*arguments):
+        model = add_adapter(*arguments)
+        model.spare = torch.nn.Parameter(torch.zeros(1))
+        return model
+
+    monkeypatch.setattr(training, "add_adapter", unused)
+    with pytest.raises(InputError, match=r"1 trainable parameters got no gradient \(first: spare\)"):
+        train(make(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("call", [1, 6])  # the first micro-batch, and the very last
+def test_the_guard_stops_at_a_loss_that_is_not_finite(bad, call, make, tmp_path, monkeypatch):
+    """One bad micro-batch is enough, even the last: its gradients are in the weights that would be saved."""
+    calls = []
+
+    def broken(model, batch):
+        calls.append(1)
+        return token_losses(model, batch) * (bad if len(calls) == call else 1)
+
+    monkeypatch.setattr(training, "token_losses", broken)
+    with pytest.raises(
+        InputError, match=rf"the loss is (nan|inf) at step {(call + 1) // 2}; lower schedule.learning_rate"
+    ):
+        train(make(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(make, tmp_path, tiny):
+    model = wake(add_adapter(loading.load(str(tiny), dtype="float32")[0], recipes.Adapter(), str(tiny)))
+    next(weight for name, weight in model.named_parameters() if "lora_B" in name).data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        training.save(model, make(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_zeros_is_not_saved(make, tmp_path):
+    """Trap 7: a run of one step that is all warm-up has rate 0, so B stays zero."""
+    with pytest.raises(InputError, match=r"every B of the adapter is zero.*warmup_ratio=0"):
+        train(make("schedule.max_steps=1", "schedule.warmup_ratio=0.5"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# what is learnt
+
+
+def test_what_the_model_is_given_is_answers_and_end_tokens(make, tmp_path, monkeypatch):
+    """Trap 1: read the labels where the loss is computed, behind every collator, and decode them."""
+    seen = []
+
+    def spy(model, batch):
+        row = batch["labels"][0].tolist()
+        text = "".join("…" if label == IGNORE_INDEX else tokenizer.decode([label]) for label in row)
+        seen.extend(part for part in text.split("…") if part)
+        return token_losses(model, batch)
+
+    tokenizer = loading.load(make().base)[1]
+    monkeypatch.setattr(training, "token_losses", spy)
+    recipe = make("schedule.max_steps=0", "schedule.epochs=1")
+    train(recipe, tmp_path / "run")
+    trained, held_out = split(read(recipe.data.train[0]))
+    # the tokenizer of the tiny base spells a Chinese character in three bytes: put them together again
+    wanted = sorted(row[1].content + "<|im_end|>" for row in trained)
+    whole = [tokenizer.decode(tokenizer(text).input_ids) for text in wanted]
+    assert wanted == whole
+    assert len(seen) == len(trained) > 0 < len(held_out)
+    assert all(part.endswith("<|im_end|>") for part in seen)
+    assert {len(part) for part in seen} == {len(broken(text, tokenizer)) for text in wanted}
+
+
+def broken(text, tokenizer):
+    return "".join(tokenizer.decode([token]) for token in tokenizer(text).input_ids)
+
+
+def test_held_out_rows_are_never_trained(make):
+    recipe = make()
+    trained = training_rows(recipe.data.train)
+    everything = read(recipe.data.train[0])
+    assert 0 < len(trained) < len(everything)
+    assert trained == split(everything)[0]
+
+
+def test_the_first_loss_is_the_mean_over_the_steps_answers(make, tmp_path, monkeypatch):
+    """Over all labelled tokens of both micro-batches, not a mean of two means."""
+    losses = []
+
+    def spy(model, batch):
+        found = token_losses(model, batch)
+        losses.append(found.detach())
+        return found
+
+    monkeypatch.setattr(training, "token_losses", spy)
+    run = train(make("schedule.max_steps=1"), tmp_path / "run")
+    assert len(losses) == 2
+    assert run.losses[0] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+
+
+def test_accumulation_is_one_big_batch(make, tmp_path):
+    """8 rows at once, 2 × 4 and 4 × 2: the same losses and the same adapter."""
+    runs = [train(make(f"schedule.micro_rows={n}"), tmp_path / str(n)) for n in (8, 4, 2)]
+    for run in runs[1:]:
+        assert run.losses == pytest.approx(runs[0].losses, rel=1e-5)
+        for mine, theirs in zip(trainable(run.model).values(), trainable(runs[0].model).values(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-6)
+
+
+def test_one_seed_one_run(make, tmp_path):
+    """With dropout; also when the model was loaded before, or trained before."""
+    noisy = "adapter.dropout=0.3"
+    first = train(make(noisy), tmp_path / "1")
+    loaded = loading.load(make().base, dtype="float32")
+    torch.rand(5)
+    runs = [train(make(noisy), tmp_path / "2"), train(make(noisy), tmp_path / "3", loaded)]
+    assert [run.losses for run in runs] == [first.losses] * 2
+    files = [(run.folder / "adapter_model.safetensors").read_bytes() for run in (first, *runs)]
+    assert files[0] == files[1] == files[2]
+    assert train(make(noisy, "schedule.seed=7"), tmp_path / "4").losses != first.losses
+
+
+def test_the_loss_falls_and_the_base_stays(make, tmp_path):
+    model, tokenizer = loading.load(make().base, dtype="float32")
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    recipe = make("schedule.max_steps=12", "schedule.learning_rate=0.02", "adapter.r=16")
+    run = train(recipe, tmp_path / "run", (model, tokenizer))
+    assert run.losses[-1] < run.losses[0] - 0.2
+    after = {name.replace("base_layer.", ""): weight for name, weight in model.named_parameters() if "lora" not in name}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# the schedule
+
+
+def rates(run):
+    return [step["learning_rate"] for step in run.steps]
+
+
+def test_three_steps_are_not_all_warm_up(make, tmp_path):
+    """Trap 13: the warm-up is a share of the run, so a short run reaches its rate."""
+    run = train(make("schedule.warmup_ratio=0.05", "schedule.learning_rate=0.01"), tmp_path / "run")
+    assert rates(run) == pytest.approx([0, 0.01, 0.005])
+
+
+def test_epochs_count_the_training_rows(make, tmp_path):
+    recipe = make("schedule.max_steps=0", "schedule.epochs=2", "schedule.learning_rate=0.01")
+    run = train(recipe, tmp_path / "run")
+    steps = 2 * -(-len(training_rows(recipe.data.train)) // 8)
+    assert len(run.steps) == steps
+    assert rates(run) == pytest.approx([0.01 * (1 - n / steps) for n in range(steps)])
+
+
+def test_several_processes_share_a_step(make, monkeypatch, tmp_path, tiny):
+    model = loading.load(str(tiny), dtype="float32")[0]
+    recipe = make("schedule.batch_rows=16")
+    assert training.arguments(recipe, tmp_path, model).gradient_accumulation_steps == 4
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"schedule.batch_rows is 16; choose a multiple of .* 4 × 3"):
+        training.arguments(recipe, tmp_path, model)
+
+
+# the run folder
+
+
+def test_a_run_folder_is_all_a_chat_needs(make, tmp_path):
+    recipe = make()
+    run = train(recipe, tmp_path / "deep" / "run")
+    names = sorted(path.name for path in run.folder.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "recipe.yaml"]
+    assert recipes.load(run.folder / "recipe.yaml") == recipe
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.steps
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert run.adapter_bytes == (run.folder / "adapter_model.safetensors").stat().st_size > 1000
+    assert run.seconds > 0
+    assert [path.name for path in run.folder.parent.iterdir()] == ["run"]
+
+
+def test_what_was_trained_is_what_is_loaded(make, tmp_path, rows_file):
+    run = train(make("schedule.learning_rate=0.02"), tmp_path / "run")
+    rows = read(rows_file)[:8]
+    again, tokenizer = loading.load(make().base, dtype="float32", adapter=run.folder)
+    base = loading.load(make().base, dtype="float32")[0]
+    found = [score(model, tokenizer, rows, "chatml").nll for model in (run.model, again, base)]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] != pytest.approx(found[0], rel=1e-4)
+    assert not trainable(again)
+
+
+def test_an_existing_folder_is_kept(make, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="run: exists already; name another folder"):
+        train(make(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_a_run_that_is_stopped_leaves_nothing(error, make, tmp_path, monkeypatch):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(training, "token_losses", stop)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        train(make(), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_cannot_be_trained(make, tmp_path, talk):
+    with pytest.raises(InputError, match=r"data\.train is empty"):
+        train(make("data.train=[]"), tmp_path / "run")
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
+        train(make("data.train=[none.jsonl]"), tmp_path / "run")
+    with pytest.raises(InputError, match=r"no answer fits into data\.max_length=16 tokens"):
+        train(make("data.max_length=16"), tmp_path / "run")
+    only = tmp_path / "only.jsonl"  # 1+1等于几？ is held out, see test_messages
+    only.write_text('{"instruction": "1+1等于几？", "output": "2"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"only\.jsonl: every row falls into the held-out split"):
+        train(make(f"data.train=[{only}]"), tmp_path / "run")
+
+
+def test_rows_shipped_with_the_book_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert training.locate("data_samples/belle_zh.jsonl").is_file()
+    assert training.locate("my.jsonl") == training.Path("my.jsonl")
+    (tmp_path / "data_samples").mkdir()
+    (tmp_path / "data_samples" / "belle_zh.jsonl").touch()  # the reader's own comes first
+    assert training.locate("data_samples/belle_zh.jsonl") == training.Path("data_samples/belle_zh.jsonl")
+
+
+def test_the_adapter_is_what_the_recipe_says(tiny):
+    wanted = recipes.Adapter(r=4, alpha=6, dropout=0.2, targets=["k_proj", "down_proj"])
+    model = add_adapter(loading.load(str(tiny))[0], wanted, "some/base")
+    made = model.peft_config["default"]
+    assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (4, 6, 0.2, {"k_proj", "down_proj"})
+    assert made.base_model_name_or_path == "some/base"
+    assert {name.split(".")[-4] for name in trainable(model)} == {"k_proj", "down_proj"}
+    assert dataclasses.asdict(wanted).keys() == {"r", "alpha", "dropout", "targets"}
+
+
+def test_nothing_is_printed_by_the_trainer(make, tmp_path, capsys):
+    """Standard output belongs to the result; the bar goes to standard error and ends its line."""
+    train(make(), tmp_path / "run")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.endswith("\n")
+    assert "Warning" not in shown.err
+    assert "kernels" not in shown.err
+    assert transformers.utils.logging.is_progress_bar_enabled()
