@@ -18,7 +18,7 @@ notebooks: $(READY)  ## run the notebooks in place and store their outputs (ONLY
 	$(BIN)/python book/build.py notebooks $(ONLY)
 
 test: check      ## everything: lint, unit tests, notebooks, the book's pages
-	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider notebooks book/solutions
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider notebooks/*.ipynb book/solutions/*.ipynb
 	$(BIN)/python book/build.py html
 	$(BIN)/python -m pytest tests/book
 

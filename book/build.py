@@ -21,6 +21,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
+QUIET = ["--IPKernelApp.log_level=ERROR"]  # Jupyter's own warnings are no news to a reader
 
 
 def main() -> int:
@@ -64,7 +65,8 @@ def run(paths: list[Path], in_place: bool = False) -> int:
         started = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         try:
-            NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(path.parent)}}).execute()
+            where = {"metadata": {"path": str(path.parent)}}
+            NotebookClient(notebook, timeout=1800, extra_arguments=QUIET, resources=where).execute()
         except CellExecutionError as error:
             print(f"failed\n{error}", file=sys.stderr)
             return 1
@@ -78,7 +80,7 @@ def normalised(notebook):
     seen: dict[str, int] = {}
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     }
     notebook.nbformat_minor = 5
     for cell in notebook.cells:
@@ -95,7 +97,8 @@ def pages(source: Path) -> int:
     """HTML of the book from the notebooks in `source`, warnings as errors, from an empty folder."""
     for folder in ("html", ".doctrees", "_sphinx_design_static"):
         shutil.rmtree(BUILD / folder, ignore_errors=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", str(source), "--path-output", str(ROOT)]
+    program = Path(sys.executable).parent / "jupyter-book"
+    command = [str(program), "build", str(source), "--path-output", str(ROOT)]
     done = subprocess.run([*command, "-W", "--keep-going", "-q"])
     if done.returncode == 0:
         print(f"the book: {BUILD / 'html' / 'index.html'}")
