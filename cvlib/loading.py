@@ -154,6 +154,7 @@ def convert(name: str, gguf: Path) -> Path:
     if target.is_dir():
         return target
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,7 @@ def convert(name: str, gguf: Path) -> Path:
         mend_tokenizer(**source).save_pretrained(part)
         if not target.is_dir():  # another process may have been quicker
             os.replace(part, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: could not be written ({error}); make room or set CVLIB_HOME") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

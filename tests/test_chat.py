@@ -14,6 +14,14 @@ from cvlib.recipes import Decoding
 from cvlib.templates import prompt
 
 
+@pytest.fixture(autouse=True)
+def keyboard():
+    """Python's own answer to Ctrl-C, also where the tests run in the background and inherit an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Model:
     """As much of a model as a chat asks for."""
 
