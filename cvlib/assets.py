@@ -27,7 +27,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,8 +184,9 @@ def _progress(folder: Path, asset: Asset):
     def watch():
         with tqdm(total=asset.download, unit="B", unit_scale=True, desc=asset.name) as bar:
             while not done.wait(0.2):
-                sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-                bar.update(max(0, min(max(sizes, default=0), asset.download) - bar.n))
+                with suppress(OSError):  # pip removes files of its own while we look
+                    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+                    bar.update(max(0, min(max(sizes, default=0), asset.download) - bar.n))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
