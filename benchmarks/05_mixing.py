@@ -103,7 +103,6 @@ def main():
     parser.add_argument("--budget", choices=("smoke", "full"), default="full", help="smoke: one cell, not kept")
     options = parser.parse_args()
     started = time.perf_counter()
-    torch.set_num_threads(2)
     model, tokenizer = loading.load(BASE)
     model.requires_grad_(False)
 

@@ -127,7 +127,6 @@ def minilm():
 
 
 def main(parts):
-    torch.set_num_threads(2)
     model, tokenizer = loading.load("smollm2-135m", dtype="float32")
     if "weights" in parts:
         matrices = {name: layer.weight.data for name, layer in inner_linears(model).items()}
