@@ -1,18 +1,11 @@
-"""The command line: for people who have left the notebooks.
-
-Every command takes `--json`, refuses unknown options, and ends with one line that names value and remedy when its
-input cannot be used. Nothing heavy is imported before a command needs it.
-"""
+"""The command line: for people who have left the notebooks. `cvlib.commands` holds what each command does."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import sys
-from pathlib import Path
 
 from cvlib import InputError, __version__
+from cvlib.commands import Parser, data, machine, model, vocab
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,218 +14,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except InputError as error:
-        print(f"cvlib {options.command}: {error}", file=sys.stderr)
+        print(f"{options.name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ncvlib {options.command}: stopped", file=sys.stderr)
+        print(f"\n{options.name}: stopped", file=sys.stderr)
         return 130
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that takes no shortened options and refuses in one line."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def natural(text: str) -> int:
-    """A number of things given on the command line: 0, 1, 2, …"""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All commands and their options."""
     top = Parser(prog="cvlib", description="The package behind the book Teach a Llama Chinese.")
     top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run, about: str, epilog: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        command.set_defaults(run=run)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        return command
-
-    add("doctor", doctor, "what this machine can do, and what to mend")
-
-    command = add("assets", fetch, "list models, vocabularies and texts, or fetch and verify them")
-    command.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; none lists them all")
-
-    command = add("train", train, "train an adapter as a recipe says", epilog=train_help())
-    command.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
-    command.add_argument("-o", "--out", type=Path, help="the run's folder (default: runs/RECIPE)")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe"
-    )
-
-    command = add("evaluate", evaluate, "bits per byte and answer language on held-out rows")
-    model_options(command)
-    command.add_argument(
-        "--rows", nargs="+", type=Path, metavar="FILE", help="row files; their held-out split is scored"
-    )
-    command.add_argument("--limit", type=natural, help="score at most so many rows of each file")
-    command.add_argument("--answers", type=natural, default=0, metavar="N", help="also answer N questions of each file")
-
-    command = add("chat", chat, "talk to a model in the terminal")
-    model_options(command)
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="decoding, such as temperature=0"
-    )
+    group = top.add_subparsers(required=True, metavar="COMMAND")
+    for subject in (machine, vocab, data, model):
+        subject.register(group)
     return top
-
-
-def model_options(command: argparse.ArgumentParser) -> None:
-    """The options that choose a model, the same in every command."""
-    command.add_argument(
-        "model", nargs="?", help="asset, hub id or folder (default: the adapter's base, or smollm2-135m)"
-    )
-    command.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to lay over the model")
-    command.add_argument(
-        "--bits", type=int, choices=(16, 8, 4), help="precision of the weights (default: the adapter's)"
-    )
-
-
-def train_help() -> str:
-    """The recipes and every key `--set` can change, read off the dataclasses."""
-    from cvlib import recipes
-
-    lines = [f"recipes: {', '.join(recipes.names())}", "", "keys for --set, with their defaults:"]
-    for item in dataclasses.fields(recipes.Recipe):
-        if dataclasses.is_dataclass(item.default_factory):
-            lines += [_key(sub, f"{item.name}.") for sub in dataclasses.fields(item.default_factory)]
-        else:
-            lines.append(_key(item, ""))
-    return "\n".join([*lines, "", "example: cvlib train smollm2-cpu --set schedule.epochs=1 -o runs/quick"])
-
-
-def _key(item: dataclasses.Field, prefix: str) -> str:
-    default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-    about = item.metadata["help"].replace("%", "%%")
-    return f"  {prefix + item.name + '=' + str(default).replace(' ', ''):<42} {about}"
-
-
-def say(options: argparse.Namespace, data, text: str) -> None:
-    """Print `data` as JSON or `text`, as asked."""
-    print(json.dumps(data, ensure_ascii=False) if options.json else text)
-
-
-def doctor(options: argparse.Namespace) -> None:
-    """`cvlib doctor`"""
-    from cvlib.doctor import examine
-
-    found = examine()
-    lines = [f"{item.name:<18} {item.value}" + (f"\n{'':<18} → {item.mend}" if item.mend else "") for item in found]
-    say(options, [dataclasses.asdict(item) for item in found], "\n".join(lines))
-
-
-def fetch(options: argparse.Namespace) -> None:
-    """`cvlib assets`"""
-    from cvlib import assets
-
-    if options.names:
-        paths = {name: str(assets.fetch(name)) for name in options.names}
-        say(options, paths, "\n".join(f"{name}  {path}" for name, path in paths.items()))
-        return
-    listed = [dataclasses.asdict(asset) | {"cached": bool(assets.cached(asset))} for asset in assets.ASSETS.values()]
-    lines = [
-        f"{'✓' if row['cached'] else ' '} {row['name']:<22} {row['download'] / 1e6:>6.1f} MB  {row['licence']:<14} "
-        f"{row['what']} [{row['package'] or row['hub']}]"
-        for row in listed
-    ]
-    say(options, listed, "\n".join(lines))
-
-
-def train(options: argparse.Namespace) -> None:
-    """`cvlib train`"""
-    from cvlib import recipes
-
-    recipe = recipes.load(options.recipe, options.set)
-    out = options.out or Path("runs") / Path(options.recipe).stem
-    from cvlib import training
-
-    run = training.train(recipe, out)
-    result = {
-        "folder": str(run.folder),
-        "steps": len(run.steps),
-        "first_loss": run.losses[0],
-        "last_loss": run.losses[-1],
-    }
-    result |= {"seconds": round(run.seconds, 1), "adapter_bytes": run.adapter_bytes}
-    text = (
-        f"{len(run.steps)} steps in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → {run.losses[-1]:.3f}, adapter of "
-        f"{run.adapter_bytes / 1e6:.1f} MB in {run.folder}\ntalk to it: cvlib chat --adapter {run.folder}"
-    )
-    say(options, result, text)
-
-
-def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
-    """The recipe, model and tokenizer that the model options name; an adapter brings the recipe it was trained with."""
-    from cvlib import loading, recipes
-
-    if options.adapter:
-        loading.read_adapter(options.adapter)
-    recipe = recipes.load(options.adapter / "recipe.yaml" if options.adapter else "smollm2-cpu", overrides)
-    base, bits = options.model or recipe.base, options.bits or recipe.bits
-    model, tokenizer = loading.load(base, bits, recipe.dtype, options.adapter)
-    return recipe, model, tokenizer
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """`cvlib evaluate`"""
-    from cvlib import messages
-    from cvlib.training import locate
-
-    files = options.rows or ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
-    held_out = {str(file): messages.split(messages.read(locate(file)))[1][: options.limit] for file in files}
-    for file, rows in held_out.items():
-        if not rows:
-            raise InputError(f"{file}: no row is held out to be scored; add rows or raise --limit")
-    recipe, model, tokenizer = chosen(options)
-    from cvlib import evaluation, generation
-
-    results = []
-    for file, rows in held_out.items():
-        found = evaluation.score(model, tokenizer, rows, recipe.template)
-        low, high = found.interval()
-        row = {"file": file, "rows": len(rows), "bits_per_byte": found.bits_per_byte, "low": low, "high": high}
-        if options.answers:
-            questions = [conversation[:-1] for conversation in rows[: options.answers]]
-            said = generation.answers(model, tokenizer, questions, recipe.template, recipe.decoding)
-            row["han_share"] = evaluation.han_share(said)
-        results.append(row)
-    lines = [
-        f"{row['file']}: {row['bits_per_byte']:.3f} bits per byte "
-        f"[{row['low']:.3f}, {row['high']:.3f}], {row['rows']} rows"
-        + (f", {row['han_share']:.0%} of the answers' letters are Chinese" if options.answers else "")
-        for row in results
-    ]
-    say(options, results, "\n".join(lines))
-
-
-def chat(options: argparse.Namespace) -> None:
-    """`cvlib chat`"""
-    recipe, model, tokenizer = chosen(options, [f"decoding.{item}" for item in options.set])
-    from cvlib.chat import Chat, terminal
-
-    talk = Chat(model, tokenizer, recipe.template, recipe.decoding)
-    stream = sys.stderr if options.json else sys.stdout  # the transcript is alone on standard output
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True, file=stream)
-
-    def ask(prompt: str) -> str:
-        write(prompt)  # input() itself would write it to standard output
-        return input()
-
-    terminal(talk, write, ask if options.json else input)
-    if options.json:
-        say(options, [dataclasses.asdict(turn) for turn in talk.history], "")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cvlib import InputError
@@ -32,10 +32,19 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: who speaks (`system`, `user` or `assistant`) and what."""
+    """One turn: who speaks (`system`, `user` or `assistant`) and what.
+
+    `entry` ties together rows that were made of one thing, such as a translation there and back: their first questions
+    carry the same one, and the held-out split goes by it.
+    """
 
     role: str
     content: str
+    entry: str = field(default="", compare=False, repr=False)
+
+    def row(self) -> dict[str, str]:
+        """The turn as `from_row` reads it back in the shape "chat"."""
+        return {"role": self.role, "content": self.content} | ({"entry": self.entry} if self.entry else {})
 
 
 Conversation = list[Message]
@@ -100,7 +109,7 @@ def _listed(key: str, role: str, text: str):
         unknown = [turn.get(role) for turn in turns if turn.get(role) not in list(ROLES)]
         if unknown:
             raise ValueError(f'"{role}" is {unknown[0]!r}; use one of {", ".join(ROLES)}')
-        return [Message(ROLES[turn[role]], _text(turn, text)) for turn in turns]
+        return [Message(ROLES[turn[role]], _text(turn, text), str(turn.get("entry") or "")) for turn in turns]
 
     return read
 
@@ -133,7 +142,7 @@ def _checked(conversation: Conversation) -> Conversation:
             raise ValueError(f"the {turn.role}'s text is empty")
         if re.search("[\ud800-\udfff]", turn.content):
             raise ValueError(f"the {turn.role}'s text holds half a character, such as \\ud83d")
-    return [Message(turn.role, turn.content.strip()) for turn in conversation]
+    return [Message(turn.role, turn.content.strip(), turn.entry) for turn in conversation]
 
 
 def scan(path: str | Path) -> Iterator[tuple[int, Conversation | InputError]]:
@@ -142,6 +151,9 @@ def scan(path: str | Path) -> Iterator[tuple[int, Conversation | InputError]]:
     for number, text in _texts(path):
         try:
             row = json.loads(text) if isinstance(text, str) else text
+            if isinstance(row, UnicodeDecodeError):
+                yield number, InputError(f"{path}:{number}: {_undecodable(row)}; mend or remove this line")
+                continue
             yield number, from_row(row)
         except json.JSONDecodeError as error:
             yield number, InputError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove this line")
@@ -165,62 +177,79 @@ def read(path: str | Path) -> list[Conversation]:
     return conversations
 
 
-def _texts(path: Path) -> Iterator[tuple[int, str | dict]]:
-    """Non-empty lines of a JSON-lines file, or the elements of a JSON array, numbered from 1."""
+def _texts(path: Path) -> Iterator[tuple[int, str | dict | UnicodeDecodeError]]:
+    """Non-empty lines of a JSON-lines file, or the elements of a JSON array, numbered from 1; a line may be broken."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a .jsonl or .json file of rows")
+    codec = encoding(path)
+    with path.open("rb") as stream:  # neither encoding uses the newline's byte in any other character
+        array = next((line for line in stream if line.strip(_BLANK)), b"").lstrip(_BLANK).startswith(b"[")
+        stream.seek(0)
+        if array:
+            yield from enumerate(_array(path, stream.read(), codec), 1)
+            return
+        for number, line in enumerate(stream, 1):
+            if line.strip(_BLANK):
+                try:
+                    yield number, line.decode(codec)
+                except UnicodeDecodeError as error:
+                    yield number, error
+
+
+_BLANK = codecs.BOM_UTF8 + b" \t\r\n"
+
+
+def _array(path: Path, data: bytes, codec: str) -> list:
     try:
-        with path.open(encoding=encoding(path)) as stream:
-            array = next((line for line in stream if line.strip()), "").lstrip().startswith("[")
-            stream.seek(0)
-            if array:
-                yield from enumerate(json.load(stream), 1)
-                return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
+        return json.loads(data.decode(codec))
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}:{_undecodable(path, error.encoding)}: neither UTF-8 nor GB18030; save the file as UTF-8"
-        ) from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: {_undecodable(error)}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not a valid JSON array ({error.msg}); mend this line") from None
 
 
-def _undecodable(path: Path, codec: str) -> int:
-    """The first line whose bytes the codec refuses; neither codec uses the newline's byte in any other character."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                line.decode(codec)
-            except UnicodeDecodeError:
-                return number
-    return number
+def _undecodable(error: UnicodeDecodeError) -> str:
+    name = "UTF-8" if error.encoding.startswith("utf") else "GB18030"
+    return f"byte {error.object[error.start]:#04x} does not belong in {name}"
 
 
 def encoding(path: Path) -> str:
-    """`utf-8-sig`, or `gb18030` if the first megabyte is not UTF-8."""
+    """`utf-8-sig` or `gb18030`: in which of them more lines of the first megabyte make sense.
+
+    A line of Chinese in one is hardly ever valid in the other, so a few broken lines do not change the answer.
+
+    Raises:
+        InputError: most lines beyond ASCII are neither.
+    """
+
+    def valid(line: bytes, codec: str) -> bool:
+        try:
+            return bool(line.decode(codec)) or True
+        except UnicodeDecodeError:
+            return False
+
     with path.open("rb") as stream:
-        start = stream.read(1 << 20)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return "gb18030"
-    return "utf-8-sig"
+        lines = [line for line in stream.readlines(1 << 20) if not line.isascii()]
+    good = {codec: sum(valid(line, codec) for line in lines) for codec in ("utf-8-sig", "gb18030")}
+    best = max(good, key=good.get)
+    if 2 * good[best] < len(lines):
+        raise InputError(f"{path}: neither UTF-8 nor GB18030; save the file as UTF-8")
+    return best
 
 
 def held_out(conversation: Conversation, share: float = 0.2) -> bool:
-    """Whether a conversation belongs to the held-out split, decided by a hash of its first question.
+    """Whether a conversation belongs to the held-out split, decided by a hash of its first question, or of its `entry`.
 
     The split depends on the row and never on its position: adding, removing or shuffling rows moves no other row, and
-    the same question cannot stand in both splits.
+    the same question, or two questions made of the same entry, cannot stand in both splits.
 
     >>> rows = [[Message("user", str(n)), Message("assistant", "ok")] for n in range(1000)]
     >>> sum(held_out(row) for row in rows)
     212
     """
-    question = next(turn.content for turn in conversation if turn.role == "user")
-    return int.from_bytes(hashlib.sha256(question.strip().encode()).digest()[:8], "big") < share * 2**64
+    decides = next(turn.entry or turn.content for turn in conversation if turn.role == "user")
+    return int.from_bytes(hashlib.sha256(decides.strip().encode()).digest()[:8], "big") < share * 2**64
 
 
 def split(conversations: Iterable[Conversation]) -> tuple[list[Conversation], list[Conversation]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cvlib import assets, loading
+from cvlib.__main__ import main
 from cvlib.messages import Message
 
 
@@ -81,3 +82,35 @@ def rows_file(tmp_path_factory):
     rows = [{"instruction": f"{n}加{n}等于几？", "input": "", "output": f"等于{2 * n}。"} for n in range(40)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = left.code
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The command refuses: code 2, nothing on standard output, one line with all the words."""
+
+    def call(arguments, *words):
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("cvlib")
+        assert "Traceback" not in err
+        for word in words:
+            assert str(word) in err
+
+    return call

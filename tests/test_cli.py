@@ -8,43 +8,14 @@ import sys
 
 import pytest
 
-from cvlib import InputError, __main__, recipes
+from cvlib import InputError, recipes
 from cvlib.__main__ import main
+from cvlib.commands import machine
 
 GOOD = '{"instruction": "问题%d", "output": "好"}\n'
-COMMANDS = ["doctor", "assets", "train", "evaluate", "chat"]
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as left:
-            code = left.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """The command refuses: code 2, nothing on standard output, one line with all the words."""
-
-    def call(arguments, *words):
-        code, out, err = run(*arguments)
-        assert code == 2
-        assert out == ""
-        assert err.count("\n") == 1
-        assert err.startswith("cvlib")
-        assert "Traceback" not in err
-        for word in words:
-            assert str(word) in err
-
-    return call
+COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["chat"]]
+COMMANDS += [["vocab", action] for action in ("train", "merge", "extend", "audit", "fertility")]
+COMMANDS += [["data", action] for action in ("check", "mix")]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +201,7 @@ def test_options_that_do_not_exist(arguments, words, refused):
 
 def test_every_command_takes_json_and_explains_itself(run):
     for command in COMMANDS:
-        code, out, _ = run(command, "--help")
+        code, out, _ = run(*command, "--help")
         assert code == 0
         assert "--json" in out
 
@@ -244,7 +215,7 @@ def test_help_for_train_lists_every_key_of_a_recipe(run):
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
     """Only the reader's input is answered in one line."""
-    monkeypatch.setattr(__main__, "say", lambda *_: 1 / 0)
+    monkeypatch.setattr(machine, "say", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["assets"])
 
@@ -253,7 +224,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, run):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(__main__, "say", stopped)
+    monkeypatch.setattr(machine, "say", stopped)
     assert run("assets") == (130, "", "\ncvlib assets: stopped\n")
 
 

@@ -1,0 +1,47 @@
+"""The command line's parts: a module for each subject, and here what all commands share.
+
+Every command takes `--json`, refuses unknown options, and ends with one line that names value and remedy when its
+input cannot be used. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no shortened options and refuses in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def command(group, name: str, run, about: str, epilog: str = "") -> Parser:
+    """One command of a group of commands; `run` takes its options and returns the exit code, None for 0."""
+    added = group.add_parser(
+        name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    added.set_defaults(run=run, name=added.prog)
+    added.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return added
+
+
+def subcommands(group, name: str, about: str):
+    """A command that is itself a group of commands, such as `cvlib vocab`."""
+    return group.add_parser(name, help=about, description=about).add_subparsers(required=True, metavar="ACTION")
+
+
+def natural(text: str) -> int:
+    """A number of things given on the command line: 0, 1, 2, …"""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def say(options: argparse.Namespace, data, text: str) -> None:
+    """Print `data` as JSON or `text`, as asked."""
+    print(json.dumps(data, ensure_ascii=False) if options.json else text)

@@ -1,0 +1,47 @@
+"""`cvlib data check|mix`: look at rows before training on them, and mix several sources into one file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cvlib.commands import command, say, subcommands
+
+
+def register(group) -> None:
+    """Add these commands to the command line."""
+    actions = subcommands(group, "data", "look at rows, and mix them")
+
+    checking = command(actions, "check", check, "rows, languages, turns, lengths, duplicates, and every broken row")
+    checking.add_argument("files", nargs="+", metavar="FILE", help="row files, or the names of packaged sources")
+    checking.add_argument(
+        "--tokenizer", default="smollm2-135m", metavar="MODEL", help="whose tokens to count (default: smollm2-135m)"
+    )
+
+    mixing = command(actions, "mix", mix, "mix sources as a MIX.yaml says: weighted, deduplicated, decontaminated")
+    mixing.add_argument("plan", type=Path, metavar="MIX.yaml", help="sources with weights, held-out files, rows, seed")
+    mixing.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
+    mixing.add_argument("--force", action="store_true", help="replace OUT.jsonl if it exists")
+
+
+def check(options: argparse.Namespace) -> int:
+    """`cvlib data check`: exit code 1 if any row is broken."""
+    from transformers import AutoTokenizer
+
+    from cvlib import census, loading
+
+    tokenizer = AutoTokenizer.from_pretrained(loading.resolve(options.tokenizer))
+    found = [census.count(file, tokenizer) for file in options.files]
+    say(options, [dataclasses.asdict(item) for item in found], "\n".join(map(census.report, found)))
+    return int(any(item.broken for item in found))
+
+
+def mix(options: argparse.Namespace) -> None:
+    """`cvlib data mix`"""
+    from cvlib import mixture
+
+    tallies = mixture.mix(mixture.load(options.plan), options.out, options.force)
+    complaints = "".join(f"\n  {reason}" for tally in tallies for reason in tally.complaints)
+    text = f"{mixture.table(tallies)!r}\n{options.out}: {sum(tally.written for tally in tallies):,} rows{complaints}"
+    say(options, [vars(tally) | {"written": tally.written} for tally in tallies], text)
