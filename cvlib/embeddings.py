@@ -115,8 +115,8 @@ def rows_of(adapter: str | Path) -> int:
     """
     path = Path(adapter) / "adapter_config.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("trainable_token_indices") or {}
-    lists = [found] if isinstance(found, list) else list(found.values())
     try:
-        return 1 + max(number for ids in lists for number in ids) if lists else 0
-    except (TypeError, ValueError):
+        lists = list(found.values()) if isinstance(found, dict) else [found]
+        return 1 + max((number for ids in lists for number in ids), default=-1)
+    except (AttributeError, TypeError):
         raise InputError(f"{path}: trainable_token_indices is {str(found)[:40]!r}; train the adapter again") from None

@@ -22,6 +22,7 @@ import warnings
 from pathlib import Path
 
 from cvlib import InputError, assets
+from cvlib.pieces import NORMAL, Model, fields
 
 
 def device_and_dtype() -> tuple[str, str]:
@@ -35,7 +36,7 @@ def device_and_dtype() -> tuple[str, str]:
     return "cpu", "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
-def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | None = None):
+def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | None = None, device: str = "auto"):
     """A causal language model and its tokenizer, ready for inference; `training` makes it trainable.
 
     Args:
@@ -44,23 +45,25 @@ def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | N
             quantisation (Dettmers et al. 2023). Embeddings, norms and the head stay in `dtype`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; `"auto"` is what the hardware multiplies.
         adapter: a folder written by `training` to lay over the base.
+        device: where to put it; `"auto"` is the card if there is one.
 
     Raises:
         InputError: an unknown base, an impossible number of bits, or an adapter of another base.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    device, native = device_and_dtype()
+    here, native = device_and_dtype()
     compute = getattr(torch, native if dtype == "auto" else dtype)
-    options = {"dtype": compute, "device_map": {"": device}, "quantization_config": quantization(bits, compute)}
+    place = {"": here if device == "auto" else device}
+    options = {"dtype": compute, "device_map": place, "quantization_config": quantization(bits, compute)}
     if adapter:
         belongs(adapter, base)
     folder = resolve(base)
     try:
         model = quiet(AutoModelForCausalLM.from_pretrained, folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder if not adapter or not has_tokenizer(adapter) else str(adapter))
     except (OSError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
@@ -98,11 +101,19 @@ def keep_trainable(model) -> None:
 
 
 def attach(model, adapter: str | Path, base: str, trainable: bool = False):
-    """Lay an adapter folder over a base model, after checking that the two belong together."""
+    """Lay an adapter folder over a base model, after checking that the two belong together.
+
+    An adapter that brings rows for new pieces finds room for them: the model is grown to the size it was trained at.
+    """
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from cvlib import embeddings
+
     belongs(adapter, base)
+    rows = embeddings.rows_of(adapter)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter fills them
     try:
         with warnings.catch_warnings():  # peft only warns when it finds nothing for a matrix (trap 15)
             warnings.filterwarnings("error", "Found missing adapter keys")
@@ -110,6 +121,11 @@ def attach(model, adapter: str | Path, base: str, trainable: bool = False):
     except (RuntimeError, IndexError, ValueError, SafetensorError, UserWarning) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{adapter}: its weights do not fit {base!r} ({reason}); train it again") from None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer of its own, as adapters with new rows do."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def belongs(adapter: str | Path, base: str) -> None:
@@ -146,6 +162,54 @@ def resolve(base: str) -> str:
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return base
     raise InputError(f"base {base!r} is not an asset ({', '.join(assets.ASSETS)}), a folder or a hub id like org/name")
+
+
+def read_tokenizer(folder: str):
+    """The tokenizer of a model folder or hub id, also where a SentencePiece `tokenizer.model` is all there is."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(folder)
+    if not (path / "tokenizer.model").is_file() or (path / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if (path / "tokenizer_config.json").is_file():
+        found = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings |= {key: value.get("content") if isinstance(value, dict) else value for key, value in found.items()}
+    if (path / "chat_template.jinja").is_file():
+        settings["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+    rules = from_sentencepiece(path / "tokenizer.model", settings["bos_token"] * settings.get("add_bos_token", True))
+    wanted = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+    chosen = {name: settings[name] for name in wanted if settings.get(name)}
+    return PreTrainedTokenizerFast(tokenizer_object=rules, **chosen)
+
+
+def from_sentencepiece(path: Path, begin: str = ""):
+    """A SentencePiece BPE `.model` in the words of the tokenizers library, every text begun with the token `begin`.
+
+    SentencePiece ranks pieces, tokenizers ranks pairs: so we list every pair that spells a piece, the best piece
+    first. (transformers can do this too, with one more library; but it would cut a text that begins with a space
+    otherwise than SentencePiece and llama.cpp do.)
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    model = Model.read_base(path)
+    vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
+    merges = []
+    for piece in sorted((piece for piece in model.pieces if piece.kind == NORMAL), key=lambda piece: -piece.score):
+        pairs = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
+        merges += [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+    settings = next((value for number, value, _ in fields(model.proto) if number == 3), b"")
+    invents_space = {number: value for number, value, _ in fields(settings)}.get(3, 1)
+    rules = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    space = [normalizers.Prepend("▁")] if invents_space else []
+    rules.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if invents_space else []
+    rules.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    if begin:
+        rules.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, vocab[begin])]
+        )
+    return rules
 
 
 def convert(name: str, gguf: Path) -> Path:

@@ -28,10 +28,11 @@ import yaml
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from cvlib import ROOT, InputError, loading, sources
+from cvlib.adapters import add_adapter, continue_adapter, grow, two_rates
 from cvlib.batching import Example, encode, flatten
 from cvlib.evaluation import token_losses
 from cvlib.messages import Conversation, read, split
-from cvlib.recipes import Adapter, Recipe
+from cvlib.recipes import Recipe
 from cvlib.templates import render
 
 
@@ -56,13 +57,15 @@ class Run:
         return (self.folder / "adapter_model.safetensors").stat().st_size
 
 
-def train(recipe: Recipe, out: str | Path, loaded=None) -> Run:
+def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None = None) -> Run:
     """Train an adapter as the recipe says and write it to the folder `out`.
 
     Args:
         recipe: what to train on what, and how.
         out: the run's folder; it must not exist yet, and appears only when the run is complete.
         loaded: a `(model, tokenizer)` pair from `loading.load`, to save loading it again.
+        init: an adapter to start from, as from a general one to a domain's. Its weights are taken over and nothing
+            else: steps, learning rate and order begin anew. (Resuming would bring the old plan along, trap 11.)
 
     Raises:
         InputError: an existing folder, rows that cannot be used, or a run that would not learn.
@@ -73,11 +76,17 @@ def train(recipe: Recipe, out: str | Path, loaded=None) -> Run:
     out.parent.mkdir(parents=True, exist_ok=True)
     set_seed(recipe.schedule.seed)
     model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype)
+    own = str(init) if init and loading.has_tokenizer(init) else recipe.growth.tokenizer
+    tokenizer = loading.read_tokenizer(own) if own else tokenizer
     examples = prepare(training_rows(recipe.data.train), tokenizer, recipe)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    checkpointing = recipe.schedule.gradient_checkpointing
     steps = Steps(part / "metrics.jsonl")
     try:
-        model = add_adapter(model, recipe.adapter, recipe.base, recipe.schedule.gradient_checkpointing)
+        if init:
+            model = continue_adapter(model, init, recipe.adapter, recipe.base, checkpointing)
+        else:
+            model = add_adapter(model, recipe.adapter, recipe.base, checkpointing, grow(model, recipe))
         started = time.perf_counter()
         trainer = AnswerTrainer(
             model=model,
@@ -85,11 +94,14 @@ def train(recipe: Recipe, out: str | Path, loaded=None) -> Run:
             train_dataset=examples,
             data_collator=flatten,
             callbacks=[steps, Guard()],
+            optimizers=(two_rates(model, recipe) if own else None, None),
         )
         trainer.remove_callback(PrinterCallback)  # the progress bar says it already
         trainer.train()
         seconds = time.perf_counter() - started
         save(model, recipe, part)
+        if own:
+            tokenizer.save_pretrained(part)
         os.chmod(part, 0o755)
         os.replace(part, out)
     finally:
@@ -124,26 +136,6 @@ def prepare(conversations: Iterable[Conversation], tokenizer, recipe: Recipe) ->
     if not examples:
         raise InputError(f"no answer fits into data.max_length={recipe.data.max_length} tokens; allow longer rows")
     return examples
-
-
-def add_adapter(model, adapter: Adapter, base: str, checkpointing: bool = False):
-    """A LoRA adapter in float32 over a frozen model of any precision."""
-    from peft import LoraConfig, get_peft_model
-
-    if checkpointing:
-        way = {"use_reentrant": False}
-        loading.quiet(model.gradient_checkpointing_enable, gradient_checkpointing_kwargs=way)
-        model.enable_input_require_grads()  # trap 14: frozen embeddings would leave nothing to differentiate
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets,
-        task_type="CAUSAL_LM",
-    )
-    peft_model = loading.quiet(get_peft_model, model, config)
-    peft_model.peft_config["default"].base_model_name_or_path = base
-    return peft_model
 
 
 def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:

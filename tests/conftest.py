@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvlib import assets, loading
+from cvlib import assets, loading, recipes
 from cvlib.__main__ import main
 from cvlib.messages import Message
 
@@ -82,6 +82,18 @@ def rows_file(tmp_path_factory):
     rows = [{"instruction": f"{n}加{n}等于几？", "input": "", "output": f"等于{2 * n}。"} for n in range(40)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def make(tiny, rows_file):
+    """A recipe on the tiny base: three steps of eight rows, no dropout, no warm-up."""
+
+    def recipe(*overrides):
+        always = [f"base={tiny}", f"data.train=[{rows_file}]", "dtype=float32", "adapter.dropout=0"]
+        steps = ["schedule.max_steps=3", "schedule.batch_rows=8", "schedule.micro_rows=4", "schedule.warmup_ratio=0"]
+        return recipes.load("smollm2-cpu", [*always, *steps, *overrides])
+
+    return recipe
 
 
 @pytest.fixture

@@ -1,29 +1,107 @@
-"""Each shipped adapter still does what its study recorded."""
-
-import json
+"""Adapters that can be trained: fresh, continued, and with rows for a grown tokenizer's pieces."""
 
 import pytest
+import torch
 
-from cvlib import ROOT, evaluation, loading, messages, recipes
-
-SHIPPED = sorted((ROOT / "data_samples" / "adapters").glob("*/adapter_config.json"))
-STUDIES = {"smollm2-zh": "00-first-light"}
-
-
-def test_every_adapter_names_its_study_and_is_small():
-    assert {path.parent.name for path in SHIPPED} == set(STUDIES)
-    for path in SHIPPED:
-        assert sum(file.stat().st_size for file in path.parent.iterdir()) <= 10e6
-        assert (path.parent / "recipe.yaml").is_file()
+from cvlib import InputError, adapters, embeddings, extension, loading
+from cvlib.training import train
 
 
-@pytest.mark.parametrize("folder", [path.parent for path in SHIPPED], ids=lambda folder: folder.name)
-def test_adapter_scores_as_recorded(folder):
-    """The shipped weights are the study's, rounded to 16 bits: bits per byte within 1 % of the recorded run."""
-    study = json.loads((ROOT / f"benchmarks/results/{STUDIES[folder.name]}.json").read_text(encoding="utf-8"))
-    recipe = recipes.load(folder / "recipe.yaml")
-    recorded = next(row["after"]["zh"] for row in study["rows"] if row["seed"] == recipe.schedule.seed)
-    rows = messages.split(messages.read(ROOT / "data_samples/belle_zh.jsonl"))[1]
-    model, tokenizer = loading.load(recipe.base, recipe.bits, adapter=folder)
-    assert evaluation.score(model, tokenizer, rows, recipe.template).bits_per_byte == pytest.approx(recorded, rel=0.01)
-    assert recorded < 0.9 * study["before"]["zh"]
+@pytest.fixture
+def grown(tiny, tmp_path):
+    """The tiny base's tokenizer with eight Chinese pieces more: its folder."""
+    (tmp_path / "text.txt").write_text("北京的天气很好，上海的天气也很好。\n" * 30, encoding="utf-8")
+    return extension.extend(tiny, [tmp_path / "text.txt"], tmp_path / "grown", 8).path
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+# going on from an adapter
+
+
+def test_init_takes_the_weights_and_begins_anew(make, tmp_path):
+    first = train(make("schedule.learning_rate=0.02"), tmp_path / "first")
+    again = train(make("schedule.learning_rate=1e-9", "adapter.dropout=0"), tmp_path / "again", init=first.folder)
+    before, after = weights(first.model), weights(again.model)
+    assert set(before) == set(after)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-6)
+    assert [step["step"] for step in again.steps] == [1, 2, 3]
+    fresh = train(make("schedule.learning_rate=1e-6"), tmp_path / "fresh")
+    assert again.losses[0] < fresh.losses[0] - 0.01  # it starts where the first run ended
+
+
+def test_init_obeys_the_recipes_dropout(make, tiny, tmp_path):
+    folder = train(make(), tmp_path / "run").folder
+    recipe = make("adapter.dropout=0.25")
+    model = adapters.continue_adapter(loading.load(str(tiny))[0], folder, recipe.adapter, recipe.base)
+    rates = {module.p for name, module in model.named_modules() if ".lora_dropout." in name}
+    assert rates == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("adapter.r=4", "its adapter.r is 8, the recipe says 4; make them the same"),
+        ("adapter.targets=[q_proj]", "its adapter.targets is ['q_proj', 'v_proj'], the recipe says ['q_proj']"),
+        ("base=smollm2-135m", "this adapter was trained on"),
+    ],
+)
+def test_init_refuses_another_shape(change, words, make, tmp_path):
+    folder = train(make(), tmp_path / "run").folder
+    with pytest.raises(InputError) as refusal:
+        train(make(change), tmp_path / "again", init=folder)
+    assert words in str(refusal.value)
+    assert not (tmp_path / "again").exists()
+
+
+def test_init_refuses_what_is_no_adapter(make, tmp_path):
+    with pytest.raises(InputError, match="no adapter_config"):
+        train(make(), tmp_path / "again", init=tmp_path)
+
+
+# grown tokenizers
+
+
+def test_new_rows_are_trained_saved_and_loaded(make, tiny, grown, tmp_path):
+    run = train(make(f"growth.tokenizer={grown}", "growth.learning_rate=0.01"), tmp_path / "run")
+    before = loading.load(str(tiny), dtype="float32")[0].get_input_embeddings().weight
+    old = len(before)
+    after = run.model.merge_and_unload().get_input_embeddings().weight
+    assert len(after) == old + 8
+    assert torch.equal(after[:old], before)
+    loaded, tokenizer = loading.load(str(tiny), dtype="float32", adapter=run.folder)
+    assert len(tokenizer) == old + 8
+    (rows,) = (weight for name, weight in loaded.named_parameters() if "trainable_tokens" in name)
+    assert torch.equal(rows, after[old:])
+    starts = torch.stack([before[ids].mean(0) for ids in embeddings.spelt(grown, tiny)])
+    assert not torch.equal(rows, starts)
+
+
+def test_init_goes_on_with_the_rows_and_their_tokenizer(make, grown, tmp_path):
+    first = train(make(f"growth.tokenizer={grown}", "growth.learning_rate=0.01"), tmp_path / "first")
+    recipe = make("growth.learning_rate=1e-9", "schedule.learning_rate=1e-9")
+    again = train(recipe, tmp_path / "again", init=first.folder)
+    assert len(again.tokenizer) == len(first.tokenizer) == 259 + 8
+    for name, weight in weights(first.model).items():
+        torch.testing.assert_close(weights(again.model)[name], weight, rtol=0, atol=1e-6)
+    assert loading.has_tokenizer(again.folder)
+
+
+def test_rows_learn_at_their_own_rate(make, tiny, grown):
+    recipe = make(f"growth.tokenizer={grown}", "growth.learning_rate=0.5", "schedule.learning_rate=0.25")
+    model, _ = loading.load(str(tiny), dtype="float32")
+    new = adapters.grow(model, recipe)
+    tuned = adapters.add_adapter(model, recipe.adapter, recipe.base, new=new)
+    groups = adapters.two_rates(tuned, recipe).param_groups
+    assert [group["lr"] for group in groups] == [0.25, 0.5]
+    assert [weight.shape for weight in groups[1]["params"]] == [(8, model.config.hidden_size)]
+    assert len(groups[0]["params"]) == 2 * 2 * model.config.num_hidden_layers
+
+
+def test_a_tokenizer_that_did_not_grow_from_the_base(make, tiny, tmp_path):
+    with pytest.raises(InputError, match="holds no piece that"):
+        train(make(f"growth.tokenizer={tiny}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

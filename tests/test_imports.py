@@ -36,6 +36,7 @@ ORDER = (
     "doctor",
     "generation",
     "evaluation",
+    "adapters",
     "training",
     "export",
     "chat",

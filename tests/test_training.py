@@ -16,18 +16,6 @@ from cvlib.training import add_adapter, prepare, train, training_rows
 REPACKS = torch.cpu._is_avx512_bf16_supported() and not torch.cuda.is_available()
 
 
-@pytest.fixture
-def make(tiny, rows_file):
-    """A recipe on the tiny base: three steps of eight rows, no dropout, no warm-up."""
-
-    def recipe(*overrides):
-        always = [f"base={tiny}", f"data.train=[{rows_file}]", "dtype=float32", "adapter.dropout=0"]
-        steps = ["schedule.max_steps=3", "schedule.batch_rows=8", "schedule.micro_rows=4", "schedule.warmup_ratio=0"]
-        return recipes.load("smollm2-cpu", [*always, *steps, *overrides])
-
-    return recipe
-
-
 def trainable(model):
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 

@@ -16,6 +16,9 @@ def register(group) -> None:
     training = command(group, "train", train, "train an adapter as a recipe says", epilog=train_help())
     training.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
     training.add_argument("-o", "--out", type=Path, help="the run's folder (default: runs/RECIPE)")
+    training.add_argument(
+        "--init-adapter", type=Path, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
+    )
     setting_option(training, "change one value of the recipe")
 
     scoring = command(group, "evaluate", evaluate, "bits per byte and answer language on held-out rows")
@@ -74,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
     out = options.out or Path("runs") / Path(options.recipe).stem
     from cvlib import training
 
-    run = training.train(recipe, out)
+    run = training.train(recipe, out, init=options.init_adapter)
     result = {
         "folder": str(run.folder),
         "steps": len(run.steps),

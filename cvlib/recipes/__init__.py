@@ -64,6 +64,18 @@ class Adapter:
 
 
 @dataclass
+class Growth:
+    """A grown tokenizer: new pieces, whose rows are trained beside the adapter."""
+
+    tokenizer: str = setting("", "folder of a tokenizer grown from the base's; empty keeps the base's own")
+    start: str = setting("mean", "where new rows start: the mean of their sub-pieces", ("mean", "random", "zero"))
+    learning_rate: float = setting(3e-3, "peak learning rate of the new rows")
+
+    def __post_init__(self):
+        need(self.learning_rate > 0, "growth.learning_rate", self.learning_rate, "choose a rate above 0")
+
+
+@dataclass
 class Data:
     """Conversations to learn from."""
 
@@ -133,6 +145,7 @@ class Recipe:
     bits: int = setting(16, "how its weights are held", (16, 8, 4))
     template: str = setting("chatml", "how a conversation becomes text", ("chatml", "alpaca"))
     dtype: str = setting("auto", "number format of the computation", ("auto", "float32", "bfloat16", "float16"))
+    growth: Growth = field(default_factory=Growth)
     adapter: Adapter = field(default_factory=Adapter)
     data: Data = field(default_factory=Data)
     schedule: Schedule = field(default_factory=Schedule)
