@@ -10,7 +10,6 @@ functions there, and the clusters become the same.
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ class Rows(PipelineStep):
         for file in self.files[rank::world_size]:
             for line, row in messages.scan(file):
                 if not isinstance(row, InputError):
-                    turns = {"messages": [asdict(turn) for turn in row]}
+                    turns = {"messages": [turn.row() for turn in row]}
                     yield Document(text=row_text(row), id=f"{file}:{line}", metadata=turns)
 
 

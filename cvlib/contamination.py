@@ -96,6 +96,11 @@ def _exam(folder: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     if not files:
         raise InputError(f"{folder}: no .csv file of questions in this folder; name an exam folder or a file of rows")
     for file in files:
-        with file.open(encoding=messages.encoding(file), newline="") as stream:
-            for row in csv.DictReader(stream):
-                yield row["question"], [(row["question"], row[row["answer"]])]
+        with file.open(encoding=messages.encoding(file), errors="replace", newline="") as stream:
+            for row in (reader := csv.DictReader(stream)):
+                answer = row.get(row.get("answer")) if row.get("answer") in tuple("ABCD") else None
+                if not row.get("question") or not answer:
+                    where, found = f"{file}:{reader.line_num}", ", ".join(filter(None, map(str, row)))
+                    raise InputError(f"{where}: no question with its right option (columns {found}); write id, "
+                                     "question, A, B, C, D, answer")  # fmt: skip
+                yield row["question"], [(row["question"], answer)]

@@ -5,10 +5,8 @@
     x (…, in)   one row per token          A (r, in)    squeezes `in` numbers down to r
     W (out, in) frozen                     B (out, r)   spreads r numbers out again, starts at zero
 
-The paper writes h = W x + s·B A x, for a column x. We store tokens as rows, so both sides are transposed and the
-order of the factors turns round: (B A x)ᵀ = xᵀ Aᵀ Bᵀ. The stored shapes do not change: `nn.Linear` keeps W as
-(out, in), the paper's own orientation, and `F.linear(x, W)` computes x Wᵀ. So the update of the *stored* weight is
-ΔW = s · B A, (out, in), with no transpose at all.
+The paper writes h = W x + s·B A x, for a column x. Our tokens are rows, so the order turns round: (B A x)ᵀ = xᵀ Aᵀ Bᵀ.
+The stored shapes are the paper's: `nn.Linear` keeps W as (out, in), and the stored weight changes by ΔW = s · B A.
 
 Read from top to bottom: one layer, its merge, its variant DoRA, then a whole model, then arithmetic on adapters.
 `cvlib.training` trains with peft; the tests hold that this file and peft give the same outputs, gradients and steps.
@@ -21,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-#: The seven projections of a LLaMA block: four of attention, three of the MLP.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from cvlib.recipes import PROJECTIONS  # the seven matrices of a LLaMA block: four of attention, three of the MLP
 
 
 class LoRALinear(nn.Module):
@@ -49,6 +46,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         if r not in range(1, (most := min(base.in_features, base.out_features)) + 1):
             raise ValueError(f"rank {r} on a layer whose shorter side is {most}; take a rank from 1 to {most}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}; take a finite number above 0, often 2 · rank")
         self.base, self.r, self.alpha, self.merged = base.requires_grad_(False), r, alpha, False
         self.s = alpha / math.sqrt(r) if rslora else alpha / r
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -82,11 +81,8 @@ class LoRALinear(nn.Module):
         """Write W + ΔW into the base weight: after that the adapter costs nothing to run.
 
         The sum is made in float32, then rounded once to the base's dtype. Returns the share of the update which that
-        rounding lost, ‖stored − (W + ΔW)‖ / ‖ΔW‖: 0.0 in float32, large in bf16, where neighbouring numbers near W
-        can be as far apart as ΔW is large.
-
-        Raises:
-            ValueError: merged already, a quantised base, or a sum that is not finite in the base's dtype.
+        rounding lost, ‖stored − (W + ΔW)‖ / ‖ΔW‖: 0.0 in float32, large in bf16, whose gaps near W are as wide as ΔW.
+        Refused (ValueError): merged already, a quantised base, or a sum that is not finite in the base's dtype.
         """
         if self.merged:
             raise ValueError("this layer is merged already; a second merge would add the update twice")
@@ -163,14 +159,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merge(model: nn.Module) -> dict[str, float]:
-    """Merge *every* adapted layer, put plain linear layers back, and return the rounding cost of each by name.
-
-    (A merge script of the first LLaMA recipes knew q_proj and v_proj only, and dropped five of seven in silence.)
-    """
-    costs = {}
-    for name, layer in adapters(model).items():
-        costs[name] = layer.merge()
-        model.set_submodule(name, layer.base)
+    """Merge *every* adapted layer, whatever its name, and put plain linear layers back: the rounding cost of each."""
+    costs = {name: layer.merge() for name, layer in adapters(model).items()}
+    for name in costs:
+        model.set_submodule(name, model.get_submodule(name).base)
     return costs
 
 
@@ -194,6 +186,8 @@ def parameter_count(config, r: int, targets: Iterable[str] = PROJECTIONS) -> int
     q, kv, mlp = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head, config.intermediate_size
     sides = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
     sides |= {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
+    if unknown := set(targets := list(targets)) - set(sides):
+        raise ValueError(f"no projection is called {min(unknown)!r}; choose from {', '.join(sides)}")
     return config.num_hidden_layers * sum(r * sum(sides[t]) for t in targets)
 
 
@@ -210,25 +204,20 @@ def plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def refuse_empty(Bs: Iterable[torch.Tensor]) -> None:
-    """An adapter whose every B is zero changes nothing (equation above): refuse to keep it as if it had learnt."""
-    if not any(B.count_nonzero() for B in Bs):
-        raise ValueError("every B of this adapter is zero: it was never trained, or its weights were lost on saving")
-
-
 def detach(model: nn.Module) -> Adapter:
-    """Copy a trained LoRA off its model (the model keeps it too). DoRA is refused: its m has no place in (A, B)."""
-    refuse_empty(layer.B for layer in adapters(model).values())
-    if any(isinstance(layer, DoRALinear) for layer in adapters(model).values()):
+    """Copy a trained LoRA off its model. Refused: an untrained one, and DoRA, whose m has no place in (A, B)."""
+    layers = adapters(model)
+    if not any(layer.B.count_nonzero() for layer in layers.values()):
+        raise ValueError("every B of this adapter is zero: it was never trained, or its weights were lost on saving")
+    if any(isinstance(layer, DoRALinear) for layer in layers.values()):
         raise ValueError("DoRA's update is not a product B A; merge it and keep the merged weights")
-    return {name: (layer.A.detach().clone(), layer.B.detach() * layer.s) for name, layer in adapters(model).items()}
+    return {name: (layer.A.detach().clone(), layer.B.detach() * layer.s) for name, layer in layers.items()}
 
 
 def combine(*terms: tuple[float, Adapter]) -> Adapter:
     """Σ wᵢ ΔWᵢ as one adapter, exactly: A's stacked, wᵢ-scaled B's side by side; the ranks add up.
 
-    Weights may be negative (subtract a habit) or a fraction (turn it down). Adding the A's and the B's themselves
-    would be wrong: (B₁ + B₂)(A₁ + A₂) holds the cross terms B₁A₂ and B₂A₁, which nobody trained.
+    (Not the sums of the A's and of the B's: (B₁ + B₂)(A₁ + A₂) has cross terms B₁A₂ and B₂A₁, which nobody trained.)
 
     >>> one = {"q_proj": (torch.ones(1, 3), torch.ones(2, 1))}
     >>> A, B = combine((1.0, one), (-0.25, one))["q_proj"]
@@ -238,12 +227,21 @@ def combine(*terms: tuple[float, Adapter]) -> Adapter:
     total = {}
     for name in dict.fromkeys(name for _, adapter in terms for name in adapter):
         parts = [(adapter[name][0], w * adapter[name][1]) for w, adapter in terms if name in adapter]
+        if len(shapes := {(len(B), A.shape[1]) for A, B in parts}) > 1:
+            raise ValueError(f"{name}: updates of shapes {sorted(shapes)} cannot be added; take adapters of one model")
         total[name] = (torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1))
     return total
 
 
 def add_to(model: nn.Module, adapter: Adapter) -> None:
-    """Add an adapter's ΔW to the weights of a plain model, in place: W ← W + B A, the sum made in float32."""
+    """W ← W + B A in a plain model, in place, summed in float32. Refused: what does not fit, what is not finite."""
+    layers = dict(model.named_modules())
     for name, (A, B) in adapter.items():
-        W = model.get_submodule(name).weight.data
-        W.copy_((W.to(A.dtype) + B @ A).to(W.dtype))
+        W = getattr(layers.get(name), "weight", torch.empty(0)).data
+        if W.shape != (B.shape[0], A.shape[1]) or A.shape[0] != B.shape[1]:
+            sizes = ", ".join(f"{key} {tuple(M.shape)}" for key, M in (("B", B), ("A", A), ("the model's W", W)))
+            raise ValueError(f"{name}: the shapes do not fit: {sizes}; take an adapter of this model")
+        total = (W.to(A.dtype) + B @ A).to(W.dtype)
+        if not total.isfinite().all():
+            raise ValueError(f"{name}: W + B A is not finite in {W.dtype}; the adapter diverged")
+        W.copy_(total)

@@ -150,13 +150,15 @@ def scan(path: str | Path) -> Iterator[tuple[int, Conversation | InputError]]:
     path = Path(path)
     for number, text in _texts(path):
         try:
-            row = json.loads(text) if isinstance(text, str) else text
-            if isinstance(row, UnicodeDecodeError):
-                yield number, InputError(f"{path}:{number}: {_undecodable(row)}; mend or remove this line")
-                continue
-            yield number, from_row(row)
+            if isinstance(text, UnicodeDecodeError):
+                raise text
+            yield number, from_row(json.loads(text) if isinstance(text, str) else text)
+        except UnicodeDecodeError as error:
+            yield number, InputError(f"{path}:{number}: {_undecodable(error)}; mend or remove this line")
         except json.JSONDecodeError as error:
             yield number, InputError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove this line")
+        except RecursionError:
+            yield number, InputError(f"{path}:{number}: brackets within brackets, too deep; mend or remove this line")
         except ValueError as error:
             yield number, InputError(f"{path}:{number}: {error}; mend or remove this row")
 
@@ -181,7 +183,10 @@ def _texts(path: Path) -> Iterator[tuple[int, str | dict | UnicodeDecodeError]]:
     """Non-empty lines of a JSON-lines file, or the elements of a JSON array, numbered from 1; a line may be broken."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a .jsonl or .json file of rows")
-    codec = encoding(path)
+    try:
+        codec = encoding(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file that can be read") from None
     with path.open("rb") as stream:  # neither encoding uses the newline's byte in any other character
         array = next((line for line in stream if line.strip(_BLANK)), b"").lstrip(_BLANK).startswith(b"[")
         stream.seek(0)
@@ -215,27 +220,27 @@ def _undecodable(error: UnicodeDecodeError) -> str:
 
 
 def encoding(path: Path) -> str:
-    """`utf-8-sig` or `gb18030`: in which of them more lines of the first megabyte make sense.
+    """`utf-8-sig` or else `gb18030`: the first in which half the lines of the first megabyte, or more, are valid.
 
-    A line of Chinese in one is hardly ever valid in the other, so a few broken lines do not change the answer.
+    Chinese in GB18030 is hardly ever valid UTF-8, the other way round it often is; a few broken lines change nothing.
 
     Raises:
         InputError: most lines beyond ASCII are neither.
     """
-
-    def valid(line: bytes, codec: str) -> bool:
-        try:
-            return bool(line.decode(codec)) or True
-        except UnicodeDecodeError:
-            return False
-
     with path.open("rb") as stream:
         lines = [line for line in stream.readlines(1 << 20) if not line.isascii()]
-    good = {codec: sum(valid(line, codec) for line in lines) for codec in ("utf-8-sig", "gb18030")}
-    best = max(good, key=good.get)
-    if 2 * good[best] < len(lines):
-        raise InputError(f"{path}: neither UTF-8 nor GB18030; save the file as UTF-8")
-    return best
+    for codec in ("utf-8-sig", "gb18030"):
+        if 2 * sum(_valid(line, codec) for line in lines) >= len(lines):
+            return codec
+    raise InputError(f"{path}: neither UTF-8 nor GB18030; save the file as UTF-8")
+
+
+def _valid(line: bytes, codec: str) -> bool:
+    try:
+        line.decode(codec)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def held_out(conversation: Conversation, share: float = 0.2) -> bool:

@@ -30,8 +30,8 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from dataclasses import dataclass, field, fields
+from itertools import compress, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,9 +64,11 @@ class Plan:
         right = isinstance(self.sources, dict) and self.sources
         need(bool(right), "sources", self.sources, "write one `file or source: weight` a line")
         for name, weight in self.sources.items():
+            need(isinstance(name, str), "sources", name, "write the name of a file or source")
             need(_number(weight) and 0 < weight < np.inf, f"sources: {name}", weight, "choose a weight above 0")
-        need(isinstance(self.held_out, list), "held_out", self.held_out, "write a list of files, such as [a.jsonl]")
-        need(isinstance(self.rows, int) and self.rows >= 0, "rows", self.rows, "choose 0 (all) or more")
+        names = isinstance(self.held_out, list) and all(isinstance(name, str) for name in self.held_out)
+        need(names, "held_out", self.held_out, "write a list of files, such as [a.jsonl]")
+        need(type(self.rows) is int and 0 <= self.rows <= 10**8, "rows", self.rows, "choose 0 (all) up to 100000000")
         need(_number(self.temperature) and self.temperature > 0, "temperature", self.temperature, "choose above 0")
         need(isinstance(self.seed, int) and 0 <= self.seed < 2**32, "seed", self.seed, "choose 0 up to 2^32 - 1")
 
@@ -156,22 +158,37 @@ def order(keys: np.ndarray, seed: int, turn: int = 0) -> np.ndarray:
 def mix(plan: Plan, out: str | Path, force: bool = False) -> list[Tally]:
     """Write a mix as JSON lines and return what became of every source's rows.
 
-    Rows wait in a folder beside `out`; only their hashes stay in memory. `out` appears complete or not at all.
+    Rows wait in a nameless file beside `out`; only their hashes stay in memory. `out` appears complete or not at all.
 
     Raises:
-        InputError: `out` exists and not `force`, a source or held-out file that cannot be read, or no row is left.
+        InputError: `out` exists and not `force`, a source or held-out file that cannot be read, no row is left, or
+            `out` cannot be written.
     """
-    out = Path(out)
-    if out.exists() and not force:
-        raise InputError(f"{out}: exists already; name another file, or replace it with --force")
-    forbidden = reference(plan.held_out)
+    out, files = Path(out), [sources.file(name) for name in plan.sources]
+    try:
+        if out.is_dir():
+            raise InputError(f"{out}: this is a folder; name a file for the mix")
+        if out.exists() and not force:
+            raise InputError(f"{out}: exists already; name another file, or replace it with --force")
+        if out.exists() and any(file and file.samefile(out) for file in files):
+            raise InputError(f"{out}: is one of the sources; name another file for the mix")
+        forbidden = reference(plan.held_out)
+        there = next(path for path in out.absolute().parents if path.exists())
+        with tempfile.TemporaryFile(dir=there) as spool:
+            return _mixed(plan, Pool(spool), forbidden, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); make room, or name another file") from None
+
+
+def _mixed(plan: Plan, pool: Pool, forbidden: Reference, out: Path) -> list[Tally]:
+    tallies = [pool.gather(place, name, forbidden) for place, name in enumerate(plan.sources)]
+    chosen = pool.sample(plan, tallies)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        with (Path(folder) / "rows").open("w+b") as spool, (Path(folder) / "mix").open("wb") as sink:
-            pool = Pool(spool)
-            tallies = [pool.gather(place, name, forbidden) for place, name in enumerate(plan.sources)]
-            pool.write(pool.sample(plan, tallies), sink)
-        os.replace(Path(folder) / "mix", out)
+        part = Path(folder) / "mix"
+        with part.open("wb") as sink:
+            pool.write(chosen, sink)
+        os.replace(part, out)
     return tallies
 
 
@@ -191,21 +208,24 @@ class Pool:
                 broken = [str(row) for row in batch if isinstance(row, InputError)]
                 rows = [row for row in batch if not isinstance(row, InputError)]
                 learnt = [row for row in rows if not held_out(row)]
-                found = forbidden.found_in(list(map(row_text, learnt)))
-                clean = [row for row, bad in zip(learnt, found, strict=True) if not bad]
-                self._keep(clean, name, place)
+                texts = list(map(row_text, learnt))
+                found = forbidden.found_in(texts)
+                clean = [not bad for bad in found]
+                self._keep(list(compress(learnt, clean)), list(compress(texts, clean)), name, place)
                 lost = (len(broken), len(rows) - len(learnt), sum(found))
                 tally.fates.update(dict(zip(FATES[:3], lost, strict=True)))
                 tally.complaints += broken[: COMPLAINTS - len(tally.complaints)]
                 tally.read += len(batch)
                 bar.update(len(batch))
+        if not tally.read:
+            raise InputError(f"{name}: no rows in this file; remove it from `sources`, or give it at least one row")
         return tally
 
-    def _keep(self, rows: Sequence[Conversation], name: str, place: int) -> None:
-        self.prints.add(list(map(row_text, rows)))
+    def _keep(self, rows: Sequence[Conversation], texts: Sequence[str], name: str, place: int) -> None:
+        self.prints.add(texts)
         self.source.extend([place] * len(rows))
         for row in rows:
-            line = json.dumps({"messages": [asdict(turn) for turn in row], "source": name}, ensure_ascii=False)
+            line = json.dumps({"messages": [turn.row() for turn in row], "source": name}, ensure_ascii=False)
             self.begins.append(self.begins[-1] + self.spool.write(line.encode() + b"\n"))
 
     def sample(self, plan: Plan, tallies: Sequence[Tally]) -> np.ndarray:

@@ -6,9 +6,8 @@ all lie in [−1, 1]; then write down, for each, the number of the nearest *leve
     code = nearest(x / absmax, levels)          x ≈ levels[code] · absmax
 
 Schemes differ in the levels (255 even steps for int8, 16 normal quantiles for NF4, 16 tiny floats for FP4) and in how
-many numbers share one absmax (a tensor, a row, a block of 64). Operations come in bitsandbytes' order, because in
-float32 x · (1/m) and x / m round differently; so codes equal the library's one for one. Left out: fast kernels.
-
+many numbers share one absmax (a tensor, a row, a block of 64). Operations come in bitsandbytes' order, so that codes
+equal the library's: in float32 x · (1/m) and x / m round differently. Left out: fast kernels.
 Sources: LLM.int8() arXiv 2208.07339; QLoRA arXiv 2305.14314; the 8-bit levels for scales arXiv 2110.02861.
 """
 
@@ -26,7 +25,7 @@ TINY = 1e-36  # no absmax is smaller: a group of zeros divides safely, and 127 /
 def largest(x: Tensor, dim: int | tuple = ()) -> Tensor:
     """Largest absolute value over `dim` (all by default), kept as a dimension of length 1 so that it broadcasts.
 
-    Refuses (ValueError) an empty x, and NaN or infinity: one bad weight would erase its whole group.
+    Refused (ValueError): an empty x; NaN or infinity, since one bad number would erase its whole group.
 
     >>> largest(torch.tensor([[1.0, -4.0], [2.0, 3.0]]), dim=0)
     tensor([[2., 4.]])
@@ -34,7 +33,7 @@ def largest(x: Tensor, dim: int | tuple = ()) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} is empty; there is nothing to quantise")
     if bad := int((~x.isfinite()).sum()):
-        raise ValueError(f"{bad} values are NaN or infinite in float32; mend the weights first")
+        raise ValueError(f"{bad} values are NaN or infinite in float32; mend them first")
     return x.abs().amax(dim, keepdim=True).clamp(min=TINY)
 
 
@@ -82,7 +81,7 @@ def llm_int8(x: Tensor, wq: Tensor, w_absmax: Tensor, threshold: float = 6.0) ->
     >>> f"{llm_int8(x, *w).item():.4f}", f"{llm_int8(x, *w, threshold=99).item():.4f}"
     ('59.9008', '60.0000')
     """
-    x = x.float()
+    largest(x := x.float())  # refuses NaN and infinity, which would pass as an outlier
     is_outlier = x.abs() >= threshold
     columns = is_outlier.any(dim=0)  # (in,)
     xq, x_absmax = quantize_int8(x.masked_fill(is_outlier, 0))
@@ -158,6 +157,8 @@ def quantize_blocks(x: Tensor, levels: Tensor, block_size: int = 64) -> tuple[Te
     >>> quantize_blocks(torch.tensor([1.0, -2.0, 30.0]), torch.tensor([-1.0, 0.0, 1.0]), block_size=2)
     (tensor([1, 0, 2], dtype=torch.uint8), tensor([ 2., 30.]))
     """
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; take 1 or more, usually 64")
     flat = x.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     absmax = largest(blocks, dim=-1)
@@ -190,11 +191,8 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: 8-bit codes of the scales, one absmax for 256 of them, and the mean they are taken around.
-
-    Scales are all positive: without their mean, half of the (signed) levels would never be used.
-    """
-    mean = absmax.mean()
+    """Double quantisation: 8-bit codes of the scales, an absmax for every 256, and the mean they are taken around."""
+    mean = absmax.mean()  # scales are all positive: without it, half of the signed levels would never be used
     return *quantize_blocks(absmax - mean, dynamic_levels(), block_size=256), mean
 
 
@@ -225,6 +223,8 @@ class Weight4bit:
     @classmethod
     def of(cls, weight: Tensor, kind: str = "nf4", block_size: int = 64, double: bool = True) -> Weight4bit:
         """Quantise to `kind` ("nf4" or "fp4"); `double` quantises the scales, too."""
+        if kind not in LEVELS:
+            raise ValueError(f"{kind!r} is no 4-bit format; choose from {', '.join(LEVELS)}")
         codes, absmax = quantize_blocks(weight, LEVELS[kind](), block_size)
         return cls(pack(codes), quantize_scales(absmax) if double else (absmax,), weight.shape, kind, block_size)
 

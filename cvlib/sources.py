@@ -80,10 +80,10 @@ def pick(choices: Sequence[str], key: str) -> str:
     return choices[int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % len(choices)]
 
 
-def _row(phrasings: Sequence[str], answer: str, key: str, **words: str) -> Conversation:
-    """A question, phrased by the hash of its key, and its answer."""
+def _row(phrasings: Sequence[str], answer: str, key: str, entry: str, **words: str) -> Conversation:
+    """A question, phrased by the hash of its key, and its answer; rows of one entry are held out together."""
     question = pick(phrasings, phrasings[0] + key).format(**words)
-    return [Message("user", question), Message("assistant", answer)]
+    return [Message("user", question, entry), Message("assistant", answer)]
 
 
 def sentence_pairs(path: Path) -> Iterator[Conversation]:
@@ -92,8 +92,8 @@ def sentence_pairs(path: Path) -> Iterator[Conversation]:
         chinese, english = pair["chinese"].strip(), pair["translation"]["en"].strip()
         if re.match("placeholder|PH$", english):
             continue
-        yield _row(INTO_ENGLISH, english, chinese, text=chinese, short=chinese.rstrip("。"))
-        yield _row(INTO_CHINESE, chinese, english, text=english, short=english.rstrip("."))
+        yield _row(INTO_ENGLISH, english, chinese, chinese, text=chinese, short=chinese.rstrip("。"))
+        yield _row(INTO_CHINESE, chinese, english, chinese, text=english, short=english.rstrip("."))
 
 
 def idioms(path: Path) -> Iterator[Conversation]:
@@ -104,10 +104,11 @@ def idioms(path: Path) -> Iterator[Conversation]:
             if len(word) != 4:
                 continue
             if meaning not in ("", "无"):
-                yield _row(MEANING, meaning, word, word=word)
+                yield _row(MEANING, meaning, word, word, word=word)
             sentence, _, book = (part.strip() for part in entry["example"].replace("～", word).partition("★"))
             if word in sentence and _whole(sentence + book):
-                yield _row(QUOTE if book else USE, f"{sentence}（{book}）" if book else sentence, word, word=word)
+                answer = f"{sentence}（{book}）" if book else sentence
+                yield _row(QUOTE if book else USE, answer, word, word, word=word)
 
 
 def _explanation(word: str, text: str) -> str:
@@ -138,12 +139,12 @@ def laws(path: Path) -> Iterator[Conversation]:
         articles = [(law, no, _tight(text)) for law, no, text in database.execute(query) if re.match("第.+条", no)]
     count = Counter(_first_sentence(text) for _, _, text in articles)
     for name, number, text in articles:
-        law = pick((name, name.removeprefix("中华人民共和国")), text)
+        law, key = pick((name, name.removeprefix("中华人民共和国")), text), name + number
         if len(text) <= LONGEST_ARTICLE:
-            yield _row(WHAT_SAYS, text, name + number, law=law, number=number)
+            yield _row(WHAT_SAYS, text, key, key, law=law, number=number)
         sentence = _first_sentence(text)
         if count[sentence] == 1 and len(sentence) >= 12:
-            yield _row(WHICH_SAYS, f"出自《{law}》{number}。", name + number, text=sentence)
+            yield _row(WHICH_SAYS, f"出自《{law}》{number}。", key, key, text=sentence)
 
 
 def _tight(text: str) -> str:
@@ -203,20 +204,34 @@ def names() -> list[str]:
     return [*TEXTS, *HUB]
 
 
+def file(name: str) -> Path | None:
+    """The file called `name`, here or in the repository; None for the name of an asset or a hub set.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if name in names():
+        return None
+    found = next((path for path in (Path(name), ROOT / name) if path.exists()), None)
+    if not found:
+        raise InputError(f"{name}: no such file or source; name a file of rows or one of {', '.join(names())}")
+    if found.is_dir():
+        raise InputError(f"{name}: this is a folder; name the files in it that hold rows")
+    return found
+
+
 def scan(name: str) -> Iterator[tuple[int, Conversation | InputError]]:
     """Every row of a source, or of a file here or in the repository: its number and a conversation, or what is wrong.
 
     Raises:
         InputError: an unknown name, or a hub that does not answer.
     """
-    if name in TEXTS:
-        yield from enumerate(TEXTS[name](assets.fetch(name)), 1)
-    elif name in HUB:
-        yield from shaped(name, _streamed(HUB[name]))
-    elif path := next((path for path in (Path(name), ROOT / name) if path.is_file()), None):
+    if path := file(name):
         yield from scan_file(path)
+    elif name in TEXTS:
+        yield from enumerate(TEXTS[name](assets.fetch(name)), 1)
     else:
-        raise InputError(f"{name}: no such file or source; name a file of rows or one of {', '.join(names())}")
+        yield from shaped(name, _streamed(HUB[name]))
 
 
 def shaped(name: str, rows: Iterable[dict]) -> Iterator[tuple[int, Conversation | InputError]]:

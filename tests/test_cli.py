@@ -13,7 +13,7 @@ from cvlib.__main__ import main
 from cvlib.commands import machine
 
 GOOD = '{"instruction": "问题%d", "output": "好"}\n'
-COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["chat"]]
+COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["export"], ["chat"]]
 COMMANDS += [["vocab", action] for action in ("train", "merge", "extend", "audit", "fertility")]
 COMMANDS += [["data", action] for action in ("check", "mix")]
 
@@ -68,6 +68,21 @@ def test_chat(trained, run, monkeypatch):
     code, out, err = run("chat", "--adapter", folder, "--set", "max_new_tokens=3")
     assert code == 0
     assert "> " in out
+
+
+def test_export(trained, run, refused, tmp_path):
+    folder, _ = trained
+    code, out, _ = run("export", "--adapter", folder, "--to", "hf", "-o", tmp_path / "merged", "--json")
+    assert code == 0
+    assert json.loads(out)["folder"] == str(tmp_path / "merged")
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    refused(["export", "--adapter", folder, "--to", "hf", "-o", tmp_path / "merged"], "exists already", "--force")
+    code, out, _ = run("export", "--adapter", folder, "--to", "gguf", "-o", tmp_path / "deep/zh.gguf")
+    assert code == 0
+    assert "zh.gguf: " in out
+    assert (tmp_path / "deep/zh.gguf").read_bytes()[:4] == b"GGUF"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["zh.gguf"]
+    refused(["export", "--to", "hf", "-o", tmp_path / "none"], "nothing to export; name a model, or --adapter DIR")
 
 
 def test_doctor_and_assets(run):

@@ -74,6 +74,18 @@ def test_the_books_own_held_out_rows_and_exam_are_found_and_its_training_rows_ar
     assert all(forbidden.found_in(shuffled))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["id,question,A,B,C,D\n0,问,甲,乙,丙,丁\n", "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,丁,E\n", "question\n问\n"],
+)
+def test_a_broken_exam_is_named_by_its_line(tmp_path, text):
+    (tmp_path / "broken.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"broken\.csv:2: no question with its right option \(columns .*question.*; write"
+    ):
+        reference([str(tmp_path)])
+
+
 def test_a_folder_without_questions_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no \.csv file of questions"):
         reference([str(tmp_path)])

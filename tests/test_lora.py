@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cvlib import lora
+from cvlib import lora, recipes
 
 QV = ["q_proj", "v_proj"]
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
@@ -60,6 +60,18 @@ def test_scales():
 def test_a_rank_that_saves_nothing_is_refused(r):
     with pytest.raises(ValueError, match="from 1 to 5"):
         lora.LoRALinear(nn.Linear(5, 9), r, 8)
+
+
+@pytest.mark.parametrize("alpha", [0, -8, math.nan, math.inf])
+def test_a_scale_that_cannot_learn_is_refused(alpha):
+    with pytest.raises(ValueError, match="take a finite number above 0"):
+        lora.LoRALinear(nn.Linear(5, 9), 2, alpha)
+
+
+def test_the_projections_are_those_of_the_recipes():
+    assert lora.PROJECTIONS is recipes.PROJECTIONS
+    with pytest.raises(ValueError, match="no projection is called 'qkv'; choose from q_proj"):
+        lora.parameter_count(tiny_llama().config, 8, ["q_proj", "qkv"])
 
 
 def test_parameter_counts_of_the_published_adapters():
@@ -328,6 +340,33 @@ def test_arithmetic_on_adapters_equals_arithmetic_on_updates():
     W = model["a"].weight.detach().clone()
     lora.add_to(model, lora.combine((3.0, one), (-1.0, one)))
     torch.testing.assert_close(model["a"].weight, W + 2 * first["a"].delta())
+
+
+@given(st.lists(st.tuples(shapes.map(lambda s: s[2]), st.floats(-4, 4)), min_size=1, max_size=4), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_a_sum_has_all_ranks_and_is_the_sum(terms, seed):
+    gen = torch.Generator().manual_seed(seed)
+    parts = [(w, {"a": (torch.randn(r, 7, generator=gen), torch.randn(5, r, generator=gen))}) for r, w in terms]
+    A, B = lora.combine(*parts)["a"]
+    assert A.shape[0] == B.shape[1] == sum(r for r, _ in terms)
+    expected = sum(w * part["a"][1].double() @ part["a"][0].double() for w, part in parts)
+    torch.testing.assert_close((B @ A).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_another_model_are_refused_in_one_line():
+    small, wide = ({"a": (torch.ones(2, n), torch.ones(3, 2))} for n in (5, 6))
+    with pytest.raises(ValueError, match=r"^a: updates of shapes \[\(3, 5\), \(3, 6\)\] cannot be added.*$"):
+        lora.combine((1.0, small), (1.0, wide))
+    model = nn.ModuleDict({"a": nn.Linear(5, 3)})
+    W = model["a"].weight.detach().clone()
+    for name, adapter in {"a": wide, "b": {"b": small["a"]}}.items():
+        with pytest.raises(ValueError, match=f"^{name}: the shapes do not fit: .*the model's W .*take an adapter of"):
+            lora.add_to(model, adapter)
+    with pytest.raises(ValueError, match="the shapes do not fit"):  # B and A do not even fit each other
+        lora.add_to(model, {"a": (torch.ones(2, 5), torch.ones(3, 1))})
+    with pytest.raises(ValueError, match="not finite"):
+        lora.add_to(model, lora.combine((math.inf, small)))
+    assert torch.equal(model["a"].weight, W)
 
 
 def test_arithmetic_equals_pefts_cat():

@@ -137,6 +137,7 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
         ('{"instruction": "x", "output":', "not valid JSON"),
         ('{"input": "x", "output": "y"}', 'no key "instruction"'),
         ("[1]", "found list"),
+        ('{"instruction": ' + "[" * 100_000, "too deep"),
     ],
 )
 def test_line_17_is_named(line, words, tmp_path):
@@ -174,14 +175,37 @@ def test_no_file(tmp_path):
         read(tmp_path)
 
 
-def test_bytes_of_no_encoding_are_named_by_their_line(tmp_path):
-    many = GOOD.encode() * 40_000  # beyond the first megabyte, so the file was taken for UTF-8
-    with pytest.raises(InputError, match=r"rows\.jsonl:40001: neither UTF-8 nor GB18030; save the file as UTF-8"):
-        read(saved(tmp_path, many + b'{"instruction": "\xff", "output": "x"}\n'))
-    with pytest.raises(InputError, match=r"rows\.jsonl:1: neither"):
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030"])
+@pytest.mark.parametrize("before", [10, 40_000])  # within the first megabyte, which tells the encoding, and beyond it
+def test_a_line_of_broken_bytes_is_one_bad_row(codec, before, tmp_path):
+    bad = b'{"instruction": "\xff", "output": "x"}\n'
+    path = saved(tmp_path, GOOD.encode(codec) * before + bad + GOOD.encode(codec))
+    found = list(scan(path))
+    assert [number for number, row in found if isinstance(row, InputError)] == [before + 1]
+    assert found[-1] == (before + 2, [Message(U, "你好"), Message(A, "好")])
+    name = "UTF-8" if codec == "utf-8" else "GB18030"
+    with pytest.raises(InputError, match=rf"rows\.jsonl:{before + 1}: byte 0xff does not belong in {name}; mend"):
+        read(path)
+
+
+def test_a_character_cut_in_two_does_not_turn_utf8_into_gb18030(tmp_path):
+    whole = '{"instruction": "请问你好", "output": "好的"}\n'.encode()
+    cut = whole.replace("问".encode(), "问".encode()[:1])
+    assert all("output" in line.decode("gb18030") for line in (whole, cut))  # valid by chance, and nonsense
+    found = list(scan(saved(tmp_path, whole * 3 + cut + whole)))
+    assert [isinstance(row, InputError) for _, row in found] == [False, False, False, True, False]
+    assert found[-1][1][0].content == "请问你好"
+
+
+def test_a_file_of_no_encoding_is_refused_whole(tmp_path):
+    with pytest.raises(InputError, match=r"rows\.jsonl: neither UTF-8 nor GB18030; save the file as UTF-8"):
         read(saved(tmp_path, GOOD.encode("utf-16")))
-    with pytest.raises(InputError, match=r"rows\.jsonl:3: neither"):
-        read(saved(tmp_path, GOOD.encode() * 2 + "好".encode()[:2]))
+
+
+def test_an_array_with_broken_bytes_names_their_line(tmp_path):
+    rows = json.dumps([json.loads(GOOD)] * 3, ensure_ascii=False, indent=0).encode()
+    with pytest.raises(InputError, match=r"rows\.json:17: byte 0xff does not belong in UTF-8; save"):
+        read(saved(tmp_path, rows + b"\n\n\n\xff", "rows.json"))
 
 
 # the held-out split
@@ -191,6 +215,22 @@ def test_the_split_knows_the_question_only(talk):
     rows = [talk(f"问题{n}", "甲") for n in range(200)]
     longer = [talk(f" 问题{n}\n", "乙", "再问", "丙", system="x") for n in range(200)]
     assert [held_out(row) for row in rows] == [held_out(row) for row in longer]
+
+
+def test_rows_of_one_entry_are_held_out_together(talk):
+    rows = [[Message(U, f"问题{n}", f"entry {n // 3}"), Message(A, "甲")] for n in range(300)]
+    sides = [held_out(row) for row in rows]
+    assert sides[::3] == sides[1::3] == sides[2::3]
+    assert 10 < sum(sides[::3]) < 35
+    assert sides[::3] == [held_out(talk(f"entry {n}", "x")) for n in range(100)]
+
+
+def test_an_entry_is_written_and_read_back(talk):
+    row = [Message(U, "问", "entry"), Message(A, "答")]
+    again = from_row({"messages": [turn.row() for turn in row]})
+    assert [turn.entry for turn in again] == ["entry", ""]
+    assert again == row == talk("问", "答")  # it is no part of what is said
+    assert talk("问", "答")[0].row() == {"role": U, "content": "问"}
 
 
 def test_the_split_does_not_know_the_order(talk):

@@ -152,14 +152,70 @@ def test_a_killed_run_leaves_no_file(two, tmp_path):
     assert run.stdout.readline() == "half way\n"
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
-    assert not (tmp_path / "out.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "mix.yaml"]
 
 
 def test_a_failing_run_leaves_nothing(two, tmp_path):
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="no such file or source"):
-        mix(Plan({two[0]: 1, str(tmp_path / "missing.jsonl"): 1}), tmp_path / "out.jsonl")
+        mix(Plan({two[0]: 1, str(tmp_path / "missing.jsonl"): 1}), tmp_path / "new/out.jsonl")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("folder", None, "folder: this is a folder; name the files in it"),
+        ("empty.jsonl", b"", r"empty\.jsonl: no rows in this file; remove it"),
+        (
+            "wide.jsonl",
+            '{"question": "在吗", "answer": "在"}'.encode("utf-16"),
+            r"wide\.jsonl: neither UTF-8 nor GB18030",
+        ),
+        ("cut.json", b'[\n{"question": "a", "answer": "b"},\n', r"cut\.json:\d: not a valid JSON array"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_named_and_nothing_is_left(two, tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=complaint) as error:
+        mix(Plan({two[0]: 1, str(path): 1}), tmp_path / "new/out.jsonl")
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_cannot_be_written_is_named(two, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"out\.jsonl: cannot be written \(.*name another"):
+        mix(Plan({two[0]: 1}), tmp_path / "file/out.jsonl")
+    with pytest.raises(InputError, match="name too long"):
+        mix(Plan({two[0]: 1}), tmp_path / ("x" * 300))
+    with pytest.raises(InputError, match="this is a folder; name a file"):
+        mix(Plan({two[0]: 1}), tmp_path, force=True)
+    with pytest.raises(InputError, match="is one of the sources"):
+        mix(Plan({two[0]: 1}), two[0], force=True)
+    assert len(messages.read(two[0])) == 30
+
+
+def test_odd_files_mix_as_they_should(two, tmp_path):
+    """A byte-order mark, Windows line ends, GB18030, a broken line in the middle, and a row of 100,000 characters."""
+    ask = texts(6, start=9000)
+    rows = [json.dumps({"question": q, "answer": "好" * (100_000 if i == 4 else 2)}) for i, q in enumerate(ask)]
+    rows = [json.dumps(json.loads(row), ensure_ascii=False) for row in rows]
+    (tmp_path / "bom.jsonl").write_bytes("\r\n".join(rows[:2]).encode("utf-8-sig"))
+    (tmp_path / "gb.jsonl").write_bytes("\n".join([rows[2], "{broken", rows[3]]).encode("gb18030"))
+    (tmp_path / "long.jsonl").write_bytes("\n".join(rows[4:]).encode())
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("bom", "gb", "long")]
+    tallies = mix(Plan(dict.fromkeys(names, 1)), tmp_path / "out.jsonl")
+    assert [(tally.read, tally.fates["invalid"], tally.written) for tally in tallies] == [
+        (2, 0, 2),
+        (3, 1, 2),
+        (2, 0, 2),
+    ]
+    assert "gb.jsonl:2: not valid JSON" in tallies[1].complaints[0]
+    assert {row["messages"][0]["content"] for row in written(tmp_path / "out.jsonl")} == set(ask)
+    assert max(len(row["messages"][1]["content"]) for row in written(tmp_path / "out.jsonl")) == 100_000
 
 
 def test_nothing_left_to_mix_is_said(tmp_path):
@@ -175,6 +231,8 @@ def test_nothing_left_to_mix_is_said(tmp_path):
         ("rows: 5", "write `sources`"),
         ("sources: {a: 1}\nrow: 5", "found .'sources', 'row'."),
         ("sources: {}", "sources is {}; write one"),
+        ("sources: {3: 1}", "sources is 3; write the name"),
+        ("sources: {a: 1}\nheld_out: [3]", "held_out is .3.; write a list"),
         ("sources: {a: 0}", "sources: a is 0; choose a weight above 0"),
         ("sources: {a: many}", "sources: a is 'many'"),
         ("sources: {a: 1}\ntemperature: 0", "temperature is 0"),
@@ -196,6 +254,18 @@ def test_an_impossible_plan_is_refused_in_one_line(tmp_path, text, complaint):
 def test_a_missing_plan_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\.yaml"):
         load(tmp_path / "none.yaml")
+
+
+def test_the_stored_million_rows_kept_their_limits():
+    """`benchmarks/bench_mixture.py` measured them: under 1 GB, at most 300 bytes a row, and every row accounted for."""
+    stored = json.loads((mixture.sources.ROOT / "benchmarks/results/bench-mixture.json").read_text(encoding="utf-8"))
+    by_name = {row["measurement"]: row for row in stored["rows"]}
+    for name in ("whole mix", "deduplication"):
+        assert by_name[name]["rows"] == 1_000_000
+        assert by_name[name]["peak"] < 1e9
+        assert by_name[name]["bytes_a_row"] <= 300
+    assert sum(by_name["whole mix"]["fates"].values()) == 1_000_000
+    assert stored["deduplication_to_datasketch"] > 1
 
 
 def test_the_shipped_plan_mixes(tmp_path):

@@ -2,10 +2,12 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from cvlib import assets
 from cvlib import quantization as q
@@ -93,6 +95,7 @@ def test_outlier_column_costs_the_others_their_precision_unless_kept_apart():
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)  # huge, denormal, ±0
 TENSORS = st.lists(FLOATS, min_size=1, max_size=300).map(torch.tensor)
+SHAPED = arrays(np.float32, array_shapes(min_dims=1, max_dims=4, max_side=9), elements=FLOATS).map(torch.from_numpy)
 
 
 @settings(deadline=None)
@@ -110,13 +113,24 @@ def test_4bit_error_is_at_most_half_the_widest_gap(x, kind, block_size, negate):
 
 
 @settings(deadline=None)
-@given(TENSORS, st.sampled_from([(), -1, 0]))
+@given(SHAPED, st.sampled_from([(), -1, 0]))
 def test_int8_error_is_at_most_half_a_step(x, dim):
-    x = x[: len(x) // 2 * 2].view(2, -1) if len(x) > 1 else x[None]
     codes, absmax = q.quantize_int8(x, dim)
     back = q.dequantize_int8(codes, absmax)
     assert codes.shape == back.shape == x.shape
     assert ((back.double() - x).abs() <= absmax.double() / 254 * (1 + 1e-5)).all()
+
+
+@settings(deadline=None)
+@given(SHAPED, st.sampled_from([1, 7, 64]), st.booleans())
+def test_any_shape_comes_back_in_its_shape_and_zeros_as_zeros(x, block_size, double):
+    x = x / 2**14 if double else x  # the mean of all scales must not overflow
+    weight = q.Weight4bit.of(x, block_size=block_size, double=double)
+    back = weight.values()
+    assert back.shape == x.shape
+    assert back.isfinite().all()
+    assert (back[x == 0] == 0).all()
+    assert len(weight.scales[0]) == -(-x.numel() // block_size)  # the last block may be short
 
 
 @given(st.lists(st.integers(0, 15), max_size=99))
@@ -156,6 +170,21 @@ def test_nan_and_infinity_are_refused(bad, quantize):
         quantize(x)
     with pytest.raises(ValueError, match="empty"):
         quantize(x[:0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_input_is_not_taken_for_an_outlier(bad):
+    x = torch.ones(2, 8)
+    x[1, 3] = bad
+    with pytest.raises(ValueError, match="1 values are NaN or infinite"):
+        q.llm_int8(x, *q.quantize_int8(torch.ones(4, 8)))
+
+
+def test_impossible_formats_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^block_size is 0; take 1 or more"):
+        q.quantize_blocks(torch.ones(4), q.nf4_levels(), 0)
+    with pytest.raises(ValueError, match=r"^'nf3' is no 4-bit format; choose from nf4, fp4$"):
+        q.Weight4bit.of(torch.ones(4), "nf3")
 
 
 def test_float64_beyond_float32_is_refused():

@@ -3,11 +3,11 @@
 import csv
 import json
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 
-from cvlib import InputError, assets, sources
+from cvlib import InputError, assets, messages, mixture, sources
 
 
 def texts(conversations):
@@ -109,6 +109,28 @@ def test_translation_round_trip():
     for to_english, to_chinese in zip(rows[::2], rows[1::2], strict=True):
         assert to_chinese[1].content.rstrip("。") in to_english[0].content
         assert to_english[1].content.rstrip(".") in to_chinese[0].content
+
+
+@pytest.mark.parametrize("name", sources.TEXTS)
+def test_rows_of_one_entry_fall_on_the_same_side(name, tmp_path):
+    """Both directions of a pair, both rows of an idiom, both rows of an article; also once they were mixed and read."""
+    sides = defaultdict(set)
+    for row in (rows := sources.rows(name)):
+        sides[row[0].entry].add(messages.held_out(row))
+    assert "" not in sides
+    assert all(len(side) == 1 for side in sides.values())
+    assert len(sides) < len(rows)
+    assert 0.18 < sum(side == {True} for side in sides.values()) / len(sides) < 0.22
+
+
+def test_no_held_out_pair_is_trained_the_other_way_round(tmp_path):
+    mixture.mix(mixture.Plan({"hsk-sentences": 1}), tmp_path / "mix.jsonl")
+    learnt = messages.read(tmp_path / "mix.jsonl")
+    assert not any(map(messages.held_out, learnt))  # training splits the mix once more, and must lose nothing
+    held = [row for row in sources.rows("hsk-sentences") if messages.held_out(row)]
+    entries = {row[0].entry for row in held}
+    assert len(held) > 1000
+    assert not any(row[0].entry in entries or row[1].content in entries for row in learnt)
 
 
 SHAPES = {
