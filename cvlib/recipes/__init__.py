@@ -69,7 +69,7 @@ class Growth:
 
     tokenizer: str = setting("", "folder of a tokenizer grown from the base's; empty keeps the base's own")
     start: str = setting("mean", "where new rows start: the mean of their sub-pieces", ("mean", "random", "zero"))
-    learning_rate: float = setting(3e-3, "peak learning rate of the new rows")
+    learning_rate: float = setting(1e-3, "peak learning rate of the new rows")
 
     def __post_init__(self):
         need(self.learning_rate > 0, "growth.learning_rate", self.learning_rate, "choose a rate above 0")
