@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -45,6 +46,7 @@ def examine() -> list[Finding]:
         Finding("libraries", versions()),
         Finding("processor", f"{os.cpu_count()} cores, {capability()}"),
         Finding("device", *card(device)),
+        *driver(device),
         Finding(
             "16-bit format", dtype, "" if dtype != "float32" else "no fast bfloat16 here: expect a third of the speed"
         ),
@@ -74,6 +76,20 @@ def card(device: str) -> tuple[str, str]:
     if (about.major, about.minor) < (7, 5):
         return value, "8-bit training needs capability 7.5 (Turing) or newer: use bits: 16"
     return value, ""
+
+
+def driver(device: str) -> list[Finding]:
+    """NVIDIA's driver, asked of `nvidia-smi`; also where it is installed and torch cannot use the card."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return []
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    asked = subprocess.run(query, capture_output=True, text=True)
+    if asked.returncode:
+        return [Finding("driver", "does not answer", "run nvidia-smi and see what it says; a new driver may be needed")]
+    version = asked.stdout.split("\n")[0]
+    unused = "there is a card, but this torch cannot use it: install a CUDA build of torch" if device == "cpu" else ""
+    return [Finding("driver", version, unused)]
 
 
 def main_memory() -> int:

@@ -44,6 +44,29 @@ def test_no_card():
     assert "no CUDA card" in doctor.card("cpu")[1]
 
 
+@pytest.mark.parametrize(
+    ("script", "device", "value", "mend"),
+    [
+        ("echo 550.54.15; echo 550.54.15", "cuda", "550.54.15", ""),
+        ("echo 550.54.15", "cpu", "550.54.15", "install a CUDA build of torch"),
+        ("echo no devices >&2; exit 9", "cpu", "does not answer", "run nvidia-smi"),
+    ],
+)
+def test_driver(script, device, value, mend, monkeypatch, tmp_path):
+    (program := tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (found,) = doctor.driver(device)
+    assert (found.name, found.value) == ("driver", value)
+    assert mend in found.mend
+    assert bool(mend) == bool(found.mend)
+
+
+def test_no_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.driver("cpu") == []
+
+
 @pytest.mark.parametrize(("gigabytes", "fits"), [(1, False), (32, True)])
 def test_which_recipes_fit(gigabytes, fits, monkeypatch):
     sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": gigabytes * 10**6}
