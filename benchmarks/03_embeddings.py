@@ -14,7 +14,6 @@ of the same sources, and English.
     python benchmarks/03_embeddings.py --budget smoke     # one short arm, printed and not kept
 """
 
-import argparse
 import math
 import random
 import sys
@@ -22,11 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import peft
 import study
 import torch
 
-from cvlib import ROOT, batching, embeddings, evaluation, extension, loading, messages
+from cvlib import ROOT, adapters, batching, embeddings, evaluation, extension, loading, messages
+from cvlib.recipes import Adapter
 
 NAME, BASE, PIECES, SEEDS = "03-embeddings", "smollm2-135m", 2048, (0, 1, 2)
 STEP_BYTES, LONGEST, RATE, ROW_RATES = 1_500, 300, 1e-3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -97,24 +96,19 @@ def prepared(arm, seed, grown):
 
     model, tokenizer = loading.load(BASE)
     model.requires_grad_(False)
-    rows = None
+    new = range(0)
     if arm != "base":
         tokenizer = AutoTokenizer.from_pretrained(grown)
         new = embeddings.grow(model, embeddings.spelt(grown, loading.resolve(BASE)), arm, seed)
-        rows = embeddings.trainable(model, new)
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], trainable_token_indices=rows)
-    return loading.quiet(peft.get_peft_model, model, config), tokenizer
+    return adapters.add_adapter(model, Adapter(r=16, alpha=32, dropout=0.0), BASE, new=new), tokenizer
 
 
 def measured(arm, row_rate, seed, size, sources, texts, grown):
     """Train one arm on `size` bytes; its curve of held-out scores and its losses."""
     model, tokenizer = prepared(arm, seed, grown)
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    rows = [weight for name, weight in weights.items() if "trainable_tokens" in name]
-    rest = [weight for name, weight in weights.items() if "trainable_tokens" not in name]
-    groups = [{"params": rest, "lr": RATE}, *([{"params": rows, "lr": row_rate}] if rows else [])]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = adapters.two_rates(model, RATE, row_rate)
     curve, losses, seen, tokens, started = (
         [{"bytes": 0, **scores(model, tokenizer, texts)}],
         [],
@@ -127,7 +121,7 @@ def measured(arm, row_rate, seed, size, sources, texts, grown):
             break
         loss = bits(model, tokenizer, group)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
@@ -158,10 +152,7 @@ def arms(done):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no arm after this many minutes")
-    parser.add_argument("--budget", choices=("smoke", "full"), default="full", help="smoke: one short arm, not kept")
-    options, began = parser.parse_args(), time.perf_counter()
+    options, began = study.options(__doc__), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         corpus = extension.packaged_corpus(folder)
         made = extension.extend(loading.resolve(BASE), corpus.texts, Path(folder) / "grown", PIECES, corpus.words)

@@ -10,7 +10,6 @@ each row's language. One run takes 60 to 90 seconds on two cores.
     python benchmarks/05_mixing.py --budget smoke     # one cell with a tenth of the tokens, printed and not kept
 """
 
-import argparse
 import copy
 import sys
 import tempfile
@@ -98,10 +97,7 @@ def measured(model, tokenizer, rows, arm, seed, tokens=TOKENS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no arm after this many minutes")
-    parser.add_argument("--budget", choices=("smoke", "full"), default="full", help="smoke: one cell, not kept")
-    options = parser.parse_args()
+    options = study.options(__doc__)
     started = time.perf_counter()
     model, tokenizer = loading.load(BASE)
     model.requires_grad_(False)

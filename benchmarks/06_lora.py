@@ -17,7 +17,6 @@ real run sees a hundred times that), scored in Chinese only, so that all of it t
     python benchmarks/06_lora.py --budget smoke     # one cell, printed and not kept
 """
 
-import argparse
 import copy
 import itertools
 import random
@@ -177,10 +176,7 @@ def key(arm):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no arm after this many minutes")
-    parser.add_argument("--budget", choices=("smoke", "full"), default="full", help="smoke: one cell, not kept")
-    options = parser.parse_args()
+    options = study.options(__doc__)
     started = time.perf_counter()
     model, tokenizer = loading.load(BASE)
     model.requires_grad_(False)

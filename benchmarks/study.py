@@ -6,6 +6,7 @@ study can be killed and resumed: `load` gives back the rows there are, and the s
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -54,6 +55,14 @@ def save(name: str, rows: list[dict], **about) -> Path:
     part.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
+
+
+def options(about: str) -> argparse.Namespace:
+    """The command line of a study that trains: `about` is its docstring, `minutes` and `budget` are read off."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no arm after this many minutes")
+    parser.add_argument("--budget", choices=("smoke", "full"), default="full", help="smoke: one short arm, not kept")
+    return parser.parse_args()
 
 
 def over_seeds(values: list[float]) -> tuple[float, float, float]:

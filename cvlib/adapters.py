@@ -71,11 +71,10 @@ def grow(model, recipe: Recipe) -> range:
     return embeddings.grow(model, sub_pieces, recipe.growth.start, recipe.schedule.seed)
 
 
-def two_rates(model, recipe: Recipe) -> torch.optim.Optimizer:
+def two_rates(model, rate: float, row_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """AdamW with a learning rate of their own for the new rows, whose numbers are of another size than LoRA's."""
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     rows = [weight for name, weight in weights if "trainable_tokens" in name]
     rest = [weight for name, weight in weights if "trainable_tokens" not in name]
-    plan = recipe.schedule
-    groups = [{"params": rest, "lr": plan.learning_rate}, {"params": rows, "lr": recipe.growth.learning_rate}]
-    return torch.optim.AdamW(groups, weight_decay=plan.weight_decay)
+    groups = [{"params": rest, "lr": rate}, {"params": rows, "lr": row_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)

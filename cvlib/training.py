@@ -27,7 +27,7 @@ import torch
 import yaml
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from cvlib import ROOT, InputError, loading, sources
+from cvlib import ROOT, InputError, loading, sources, vocabulary
 from cvlib.adapters import add_adapter, continue_adapter, grow, two_rates
 from cvlib.batching import Example, encode, flatten
 from cvlib.evaluation import token_losses
@@ -76,11 +76,11 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
     out.parent.mkdir(parents=True, exist_ok=True)
     set_seed(recipe.schedule.seed)
     model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype)
-    own = str(init) if init and loading.has_tokenizer(init) else recipe.growth.tokenizer
+    own = grown_tokenizer(recipe, init)
     tokenizer = loading.read_tokenizer(own) if own else tokenizer
     examples = prepare(training_rows(recipe.data.train), tokenizer, recipe)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    checkpointing = recipe.schedule.gradient_checkpointing
+    plan, checkpointing = recipe.schedule, recipe.schedule.gradient_checkpointing
     steps = Steps(part / "metrics.jsonl")
     try:
         if init:
@@ -94,7 +94,10 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
             train_dataset=examples,
             data_collator=flatten,
             callbacks=[steps, Guard()],
-            optimizers=(two_rates(model, recipe) if own else None, None),
+            optimizers=(
+                two_rates(model, plan.learning_rate, recipe.growth.learning_rate, plan.weight_decay) if own else None,
+                None,
+            ),
         )
         trainer.remove_callback(PrinterCallback)  # the progress bar says it already
         trainer.train()
@@ -108,6 +111,16 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
         steps.close()
         shutil.rmtree(part, ignore_errors=True)
     return Run(out, steps.rows, seconds, model, tokenizer)
+
+
+def grown_tokenizer(recipe: Recipe, init: str | Path | None) -> str:
+    """The folder of the grown tokenizer: what the adapter `init` brings, or else what the recipe names; "" for none."""
+    asked, brought = recipe.growth.tokenizer, str(init) if init and loading.has_tokenizer(init) else ""
+    if init and asked and not (brought and vocabulary.load(asked).pieces == vocabulary.load(brought).pieces):
+        raise InputError(
+            f"growth.tokenizer is {asked!r}, but {init} was not trained with it; leave it empty to go on as before"
+        )
+    return brought or asked
 
 
 def training_rows(files: Iterable[str]) -> list[Conversation]:

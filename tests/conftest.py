@@ -34,6 +34,12 @@ def model():
 
 
 @pytest.fixture(scope="session")
+def base():
+    """A real LLaMA-family SentencePiece model to grow."""
+    return assets.fetch("mistral-v1-tokenizer")
+
+
+@pytest.fixture(scope="session")
 def llama_tokenizer():
     """A LLaMA-family vocabulary as transformers' fast tokenizer, and as SentencePiece reads it itself."""
     import sentencepiece

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cvlib import InputError, adapters, embeddings, extension, loading
+from cvlib import InputError, adapters, embeddings, export, extension, loading
 from cvlib.training import train
 
 
@@ -90,15 +90,38 @@ def test_init_goes_on_with_the_rows_and_their_tokenizer(make, grown, tmp_path):
     assert loading.has_tokenizer(again.folder)
 
 
+def test_a_grown_adapter_merges_into_a_model_with_its_rows(make, tiny, grown, tmp_path):
+    run = train(make(f"growth.tokenizer={grown}", "growth.learning_rate=0.01"), tmp_path / "run")
+    export.merge(str(tiny), [run.folder], tmp_path / "merged", dtype="float32")
+    model, tokenizer = loading.load(str(tmp_path / "merged"), dtype="float32")
+    ids = tokenizer("北京的天气", return_tensors="pt").input_ids
+    assert ids.max() >= len(loading.read_tokenizer(str(tiny)))  # a new piece
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, run.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_learn_at_their_own_rate(make, tiny, grown):
-    recipe = make(f"growth.tokenizer={grown}", "growth.learning_rate=0.5", "schedule.learning_rate=0.25")
+    recipe = make(f"growth.tokenizer={grown}")
     model, _ = loading.load(str(tiny), dtype="float32")
     new = adapters.grow(model, recipe)
     tuned = adapters.add_adapter(model, recipe.adapter, recipe.base, new=new)
-    groups = adapters.two_rates(tuned, recipe).param_groups
+    groups = adapters.two_rates(tuned, 0.25, 0.5).param_groups
     assert [group["lr"] for group in groups] == [0.25, 0.5]
     assert [weight.shape for weight in groups[1]["params"]] == [(8, model.config.hidden_size)]
     assert len(groups[0]["params"]) == 2 * 2 * model.config.num_hidden_layers
+
+
+def test_init_refuses_a_growth_it_was_not_trained_with(make, grown, tmp_path):
+    plain = train(make(), tmp_path / "plain").folder
+    with pytest.raises(InputError, match="was not trained with it; leave it empty"):
+        train(make(f"growth.tokenizer={grown}"), tmp_path / "again", init=plain)
+    (tmp_path / "more.txt").write_text("学习中文的人很多。\n" * 30, encoding="utf-8")
+    other = extension.extend(make().base, [tmp_path / "more.txt"], tmp_path / "other", 8).path
+    rich = train(make(f"growth.tokenizer={grown}"), tmp_path / "rich").folder
+    with pytest.raises(InputError, match="was not trained with it; leave it empty"):
+        train(make(f"growth.tokenizer={other}"), tmp_path / "again", init=rich)
+    assert not (tmp_path / "again").exists()
+    train(make(f"growth.tokenizer={grown}"), tmp_path / "again", init=rich)
 
 
 def test_a_tokenizer_that_did_not_grow_from_the_base(make, tiny, tmp_path):

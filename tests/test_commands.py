@@ -27,7 +27,9 @@ def test_vocab_train_merge_audit(run, text, tmp_path):
     code, out, _ = run("vocab", "audit", merged, "--base", BASE, "--text", text)
     assert code == 0
     assert f"{report['size']:,} pieces, {report['added']:,} added to {BASE}" in out
-    assert "changed" in out
+    again = json.loads(run("vocab", "audit", merged, "--base", BASE, "--text", text, "--json")[1])
+    assert set(again["changed"]) == set(CHINESE.splitlines())  # every line is cut anew
+    assert {name: again[name] for name in ("lost", "dead")} == {name: report[name] for name in ("lost", "dead")}
 
 
 def test_vocab_extend_and_fertility(run, text, tmp_path):
@@ -57,6 +59,7 @@ def test_vocab_extend_by_packaged_text(run, text, tmp_path, monkeypatch):
 def test_vocab_refusals(refused, text, tmp_path):
     out = tmp_path / "out.model"
     refused(["vocab", "extend", BASE, "--pieces", 5, "-o", out], "no text to learn from", "--packaged")
+    refused(["vocab", "extend", BASE, text, "--pieces", 0, "-o", out], "'0' is not a whole number from 1")
     refused(["vocab", "extend", BASE, text, "--pieces", 5, "-o", text], f"{text}: exists already")
     refused(["vocab", "merge", BASE, text, "-o", out], f"{text}: ")
     refused(["vocab", "audit", text, "--base", BASE], f"{text}: ")
@@ -78,6 +81,12 @@ def test_data_check_goes_on_to_the_end(run, tmp_path):
     code, out, _ = run("data", "check", rows, "--json")
     assert code == 1
     assert json.loads(out)[0]["rows"] == 2
+
+
+def test_data_check_refuses_what_has_no_tokenizer(refused, rows_file, tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    refused(["data", "check", rows_file, "--tokenizer", tmp_path], f"--tokenizer {tmp_path}: cannot be read")
+    refused(["data", "check", rows_file, "--tokenizer", "none"], "base 'none' is not an asset")
 
 
 def test_data_mix(run, refused, tmp_path):

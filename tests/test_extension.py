@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from test_vocabulary import byte_level
 from tokenizers import Tokenizer
 
-from cvlib import InputError, assets, extension, vocabulary
+from cvlib import InputError, extension, vocabulary
 from cvlib.extension import extend, merge_rules, packaged_corpus
 from cvlib.pieces import HAN, Model, Piece, common_characters, from_byte_level, to_byte_level
 
@@ -22,11 +22,6 @@ MIXED = [
     "def 函数(x): return x",
     "ひらがな 漢字 한국어",
 ]
-
-
-@pytest.fixture(scope="module")
-def base():
-    return assets.fetch("mistral-v1-tokenizer")
 
 
 @pytest.fixture(scope="module")

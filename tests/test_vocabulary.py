@@ -19,11 +19,6 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def base():
-    return assets.fetch("mistral-v1-tokenizer")
-
-
-@pytest.fixture(scope="module")
 def bilingual(tmp_path_factory):
     """The learners' sentences in both languages: enough for a small vocabulary with Latin and Chinese pieces."""
     path = tmp_path_factory.mktemp("corpus") / "pairs.txt"

@@ -42,6 +42,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def positive(text: str) -> int:
+    """A number of things of which there must be one: 1, 2, …"""
+    if not natural(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def say(options: argparse.Namespace, data, text: str) -> None:
     """Print `data` as JSON or `text`, as asked."""
     print(json.dumps(data, ensure_ascii=False) if options.json else text)

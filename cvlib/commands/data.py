@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from cvlib import InputError
 from cvlib.commands import command, say, subcommands
 
 
@@ -27,11 +28,15 @@ def register(group) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """`cvlib data check`: exit code 1 if any row is broken."""
-    from transformers import AutoTokenizer
-
     from cvlib import census, loading
 
-    tokenizer = AutoTokenizer.from_pretrained(loading.resolve(options.tokenizer))
+    try:
+        tokenizer = loading.read_tokenizer(loading.resolve(options.tokenizer))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"--tokenizer {options.tokenizer}: cannot be read ({reason}); name a model") from None
     found = [census.count(file, tokenizer) for file in options.files]
     say(options, [dataclasses.asdict(item) for item in found], "\n".join(map(census.report, found)))
     return int(any(item.broken for item in found))

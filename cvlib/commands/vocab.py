@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from cvlib import InputError
-from cvlib.commands import command, natural, say, subcommands
+from cvlib.commands import command, positive, say, subcommands
 
 SHOWN = 8  # examples of each finding
 
@@ -19,7 +19,7 @@ def register(group) -> None:
 
     training = command(actions, "train", train, "learn a Chinese SentencePiece model from text")
     text_options(training)
-    training.add_argument("--size", type=natural, required=True, help="pieces in all, bytes and control tokens too")
+    training.add_argument("--size", type=positive, required=True, help="pieces in all, bytes and control tokens too")
     training.add_argument(
         "--algorithm", choices=("bpe", "unigram"), default="bpe", help="unigram: as the published Chinese model"
     )
@@ -41,10 +41,10 @@ def register(group) -> None:
     extending.add_argument(
         "--packaged", action="store_true", help="learn from the laws, idioms and sentences that packages bring, too"
     )
-    extending.add_argument("--pieces", type=natural, required=True, metavar="N", help="how many pieces to add")
+    extending.add_argument("--pieces", type=positive, required=True, metavar="N", help="how many pieces to add")
     extending.add_argument("--common", action="store_true", help="begin with the common characters the base lacks")
     extending.add_argument(
-        "--multiple", type=natural, default=1, metavar="M", help="round the size up to a multiple of M"
+        "--multiple", type=positive, default=1, metavar="M", help="round the size up to a multiple of M"
     )
 
     for making in (training, merging, extending):
@@ -109,7 +109,7 @@ def extend(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = extension.packaged_corpus(folder) if options.packaged else extension.Corpus([], [], {})
         texts, words = options.texts + corpus.texts, options.words + corpus.words
-        made = extension.extend(base, texts, out, options.pieces, words, options.common, max(1, options.multiple))
+        made = extension.extend(base, texts, out, options.pieces, words, options.common, options.multiple)
     grown(options, base, len(made.added), made.audit)
 
 
