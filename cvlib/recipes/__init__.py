@@ -124,7 +124,9 @@ class Decoding:
     temperature: float = setting(0.2, "below 1 sharpens, above 1 flattens; 0 always takes the likeliest token")
     top_k: int = setting(40, "draw from the k likeliest tokens; 0 means from all")
     top_p: float = setting(0.9, "draw from the likeliest tokens that together hold this probability")
-    repetition_penalty: float = setting(1.1, "weaken tokens already in the answer; 1 means not")
+    min_p: float = setting(0.0, "drop tokens less likely than this share of the likeliest one; 0 means none")
+    repetition_penalty: float = setting(1.1, "weaken tokens that were said already; 1 means not")
+    penalise: str = setting("answer", "said where: in the answer, or in the prompt as well", ("answer", "all"))
     max_new_tokens: int = setting(256, "longest answer, in tokens")
     seed: int = setting(0, "seed of the draws")
 
@@ -132,6 +134,7 @@ class Decoding:
         need(self.temperature >= 0, "decoding.temperature", self.temperature, "choose 0 or more")
         need(self.top_k >= 0, "decoding.top_k", self.top_k, "choose 0 (all) or more")
         need(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "choose a probability above 0, at most 1")
+        need(0 <= self.min_p < 1, "decoding.min_p", self.min_p, "choose a share from 0 up to, not including, 1")
         need(self.repetition_penalty >= 1, "decoding.repetition_penalty", self.repetition_penalty, "choose 1 or more")
         need(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "ask for at least one token")
         need(0 <= self.seed < 2**32, "decoding.seed", self.seed, "choose a number from 0 to 2^32 - 1")

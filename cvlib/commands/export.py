@@ -1,0 +1,47 @@
+"""`cvlib export`: one model folder or one file out of a base and its adapters."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from cvlib import InputError
+from cvlib.commands import command, say
+
+
+def register(group) -> None:
+    """Add this command to the command line."""
+    leaving = command(group, "export", export, "one model folder or GGUF file out of a base and its adapters")
+    leaving.add_argument("model", nargs="?", help="asset, hub id or folder (default: the adapter's base)")
+    leaving.add_argument(
+        "--adapter", nargs="+", type=Path, default=[], metavar="DIR", help="adapters to merge, one over the other"
+    )
+    leaving.add_argument("--to", choices=("hf", "gguf"), required=True, help="safetensors folder, or for llama.cpp")
+    leaving.add_argument(
+        "--quant", choices=("f16", "q8_0", "q4_0"), default="f16", help="the GGUF's format (default: f16)"
+    )
+    leaving.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the folder or file to write")
+    leaving.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def export(options: argparse.Namespace) -> None:
+    """`cvlib export`: merge in float32, then write; a GGUF is made from a merged folder that is thrown away."""
+    from cvlib import export, loading
+
+    if not (options.model or options.adapter):
+        raise InputError("nothing to export; name a model, or --adapter DIR")
+    if options.out.exists() and not options.force:
+        raise InputError(f"{options.out}: exists already; choose another name, or replace it with --force")
+    options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    base = options.model or loading.read_adapter(options.adapter[0]).get("base_model_name_or_path")
+    if options.to == "hf":
+        merged = export.merge(base, options.adapter, options.out, force=options.force)
+        say(options, dataclasses.asdict(merged) | {"folder": str(merged.folder)}, str(merged))
+        return
+    with tempfile.TemporaryDirectory(dir=options.out.absolute().parent, prefix=".merging-") as folder:
+        merged = export.merge(base, options.adapter, Path(folder) / options.out.stem, dtype="float32")
+        size = export.gguf(merged.folder, options.out, options.quant, options.force)
+    data = {"out": str(options.out), "quant": options.quant, "bytes": size}
+    say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {options.quant}; merged in float32")
