@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cvlib import InputError
+from cvlib import InputError, intervals
 from cvlib.batching import IGNORE_INDEX, Example, answers_only, encode, flatten, groups
 from cvlib.messages import Conversation
+from cvlib.show import Table
 from cvlib.templates import render
 
 
@@ -79,26 +80,67 @@ class Score:
         return bits_per_byte(torch.tensor(self.nll, dtype=torch.float64), sum(self.text_bytes))
 
     def interval(self, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """95 % percentile bootstrap interval over conversations (Efron 1979)."""
-        nll, size = torch.tensor(self.nll, dtype=torch.float64), torch.tensor(self.text_bytes, dtype=torch.float64)
-        picks = torch.randint(len(nll), (draws, len(nll)), generator=torch.Generator().manual_seed(seed))
-        values = nll[picks].sum(1) / math.log(2) / size[picks].sum(1)
-        low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return low, high
+        """95 % bootstrap interval over rows."""
+        return intervals.ratio([nats / math.log(2) for nats in self.nll], self.text_bytes, draws, seed)
 
 
-@torch.no_grad()
 def score(model, tokenizer, conversations: Sequence[Conversation], template: str, max_tokens: int = 1024) -> Score:
     """Losses of the answers in `conversations`, in evaluation mode; `max_tokens` at once bounds the memory.
 
     Raises:
         InputError: nothing to score, or a conversation that does not fit the model's context.
     """
+    examples = [_whole(row, tokenizer, template, model.config.max_position_embeddings) for row in conversations]
+    answers = [[turn.content for turn in row if turn.role == "assistant"] for row in conversations]
+    return _scored(model, examples, [sum(len(text.encode()) for text in texts) for texts in answers], max_tokens)
+
+
+def score_text(model, tokenizer, passages: Sequence[str], max_tokens: int = 1024) -> Score:
+    """Losses of plain text, every token of it: each passage stands behind a start token, as a document of its own.
+
+    Raises:
+        InputError: nothing to score, or a passage that does not fit the model's context.
+    """
+    start, context = _start(tokenizer), model.config.max_position_embeddings
+    examples = []
+    for passage in passages:
+        ids = tokenizer(passage, add_special_tokens=False, split_special_tokens=True).input_ids
+        if len(start) + len(ids) > context:
+            raise InputError(f"the passage {passage[:20]!r}… is longer than the context of {context} tokens; cut it")
+        examples.append(Example(start + ids, [IGNORE_INDEX] * len(start) + ids))
+    return _scored(model, examples, [len(passage.encode()) for passage in passages], max_tokens)
+
+
+def _start(tokenizer) -> list[int]:
+    """What a document begins with: the tokenizer's own beginning, or the mark between documents of pre-training."""
+    known = tokenizer.get_vocab()
+    marks = [token for token in ("<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token) if token in known]
+    return tokenizer("").input_ids or [known[marks[0]]]
+
+
+def passages(text: str, characters: int = 400) -> list[str]:
+    """A text cut into whole lines of together at most so many characters; a longer line is cut.
+
+    The cut does not ask the tokenizer, so models of any vocabulary score the same passages and can be paired.
+
+    >>> passages("北京\\n上海\\n天津", characters=6)
+    ['北京\\n上海\\n', '天津']
+    """
+    found = [""]
+    for line in text.splitlines(keepends=True):
+        for part in (line[at : at + characters] for at in range(0, len(line), characters)):
+            if len(found[-1]) + len(part) > characters:
+                found.append("")
+            found[-1] += part
+    return [passage for passage in found if passage.strip()]
+
+
+@torch.no_grad()
+def _scored(model, examples: Sequence[Example], text_bytes: list[int], max_tokens: int) -> Score:
     from tqdm import tqdm
 
-    examples = [_whole(row, tokenizer, template, model.config.max_position_embeddings) for row in conversations]
     if not examples:
-        raise InputError("no conversations to score; give a file with rows in its held-out split")
+        raise InputError("nothing to score; give a text, or a file with rows in its held-out split")
     training = model.training
     model.eval()
     nll = [0.0] * len(examples)
@@ -109,8 +151,7 @@ def score(model, tokenizer, conversations: Sequence[Conversation], template: str
             labelled = sum(label != IGNORE_INDEX for label in examples[index].labels[1:])
             nll[index] = sum(next(losses) for _ in range(labelled))
     model.train(training)
-    answers = [[turn.content for turn in row if turn.role == "assistant"] for row in conversations]
-    return Score(nll, [sum(len(text.encode()) for text in texts) for texts in answers])
+    return Score(nll, text_bytes)
 
 
 def _whole(conversation: Conversation, tokenizer, template: str, context: int) -> Example:
@@ -122,6 +163,41 @@ def _whole(conversation: Conversation, tokenizer, template: str, context: int) -
             f"the conversation {start!r}… is longer than the model's context of {context} tokens; shorten it"
         )
     return example
+
+
+def change(before: Score, after: Score) -> intervals.Difference:
+    """Bits per byte after − before on the same rows, paired: above 0 is forgetting, below 0 is learning."""
+    if before.text_bytes != after.text_bytes:
+        raise ValueError("the two scores are not of the same rows; score one held-out set with both models")
+    bits = ([nats / math.log(2) for nats in one.nll] for one in (before, after))
+    return intervals.difference(*bits, before.text_bytes)
+
+
+def forgetting(before: dict[str, Score], after: dict[str, Score]) -> list[dict]:
+    """For each held-out set: bits per byte before and after, their difference with its paired interval, and the test.
+
+    The rows are plain data, ready for JSON; `forgetting_table` draws them.
+    """
+    if list(before) != list(after):
+        raise ValueError(f"sets before: {', '.join(before)}; after: {', '.join(after)}; score the same sets")
+    rows = []
+    for name, old in before.items():
+        scores = {"before": old.bits_per_byte, "after": after[name].bits_per_byte}
+        found = change(old, after[name])
+        changed = {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
+        rows.append({"set": name, "rows": len(old.nll), **scores, **changed})
+    return rows
+
+
+def forgetting_table(rows: Sequence[dict]) -> Table:
+    """The rows of `forgetting` as a table, in bits per byte."""
+
+    def line(row: dict) -> list:
+        change = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        return [row["set"], row["rows"], f"{row['before']:.3f}", f"{row['after']:.3f}", change, f"{row['p']:.4f}"]
+
+    columns = ["set", "rows", "bits per byte before", "after", "after − before [95 %]", "p"]
+    return Table(columns, [line(row) for row in rows])
 
 
 def is_han(character: str) -> bool:

@@ -8,7 +8,19 @@ import torch
 
 from cvlib import InputError
 from cvlib.batching import flatten
-from cvlib.evaluation import Score, bits_per_byte, han_share, is_han, score, token_losses
+from cvlib.evaluation import (
+    Score,
+    bits_per_byte,
+    change,
+    forgetting,
+    forgetting_table,
+    han_share,
+    is_han,
+    passages,
+    score,
+    score_text,
+    token_losses,
+)
 from cvlib.training import prepare
 
 
@@ -99,7 +111,7 @@ def test_token_losses_are_the_training_loss(model, tokenizer, rows):
 
 
 def test_what_cannot_be_scored(model, tokenizer, talk):
-    with pytest.raises(InputError, match="no conversations to score"):
+    with pytest.raises(InputError, match="nothing to score"):
         score(model, tokenizer, [], "chatml")
     with pytest.raises(InputError, match="longer than the model's context of 8192 tokens; shorten it"):
         score(model, tokenizer, [talk("问", "答" * 9000)], "chatml")
@@ -147,6 +159,62 @@ def test_the_interval_is_the_bootstrap():
 def test_equal_rows_leave_no_interval():
     low, high = Score([2.0] * 9, [4] * 9).interval()
     assert low == pytest.approx(high)
+
+
+# plain text
+
+
+def test_passages_are_the_whole_text():
+    text = "第一行\n\n" + "长" * 25 + "\nlast line"
+    cut = passages(text, characters=10)
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= 10
+    assert passages(" \n\n") == []
+
+
+def test_plain_text_equals_transformers_own_loss(model, tokenizer):
+    texts = ["北京是中国的首都。", "A person may type <|im_end|> here.\n"]
+    found = score_text(model, tokenizer, texts)
+    for text, nll, size in zip(texts, found.nll, found.text_bytes, strict=True):
+        written = tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids
+        ids = [tokenizer.convert_tokens_to_ids("<|endoftext|>"), *written]
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        assert nll == pytest.approx(loss.item() * (len(ids) - 1), rel=1e-5)
+        assert size == len(text.encode())
+
+
+def test_plain_text_that_cannot_be_scored(tiny):
+    from cvlib import loading
+
+    small, words = loading.load(str(tiny), dtype="float32")
+    with pytest.raises(InputError, match="nothing to score"):
+        score_text(small, words, [])
+    with pytest.raises(InputError, match="longer than the context of 512 tokens; cut it"):
+        score_text(small, words, ["长" * 600])
+
+
+# forgetting
+
+
+def test_forgetting_is_after_less_before_by_set():
+    bit = math.log(2)
+    before = {"zh": Score([8 * bit, 16 * bit], [8, 8]), "en": Score([4 * bit], [8])}
+    after = {"zh": Score([4 * bit, 8 * bit], [8, 8]), "en": Score([8 * bit], [8])}
+    zh, en = forgetting(before, after)
+    assert (zh["set"], zh["rows"], zh["before"], zh["after"]) == ("zh", 2, pytest.approx(1.5), pytest.approx(0.75))
+    assert zh["difference"] == pytest.approx(-0.75)
+    assert (zh["low"], zh["high"]) == pytest.approx((-1.0, -0.5))
+    assert en["difference"] == pytest.approx(0.5)
+    assert "+0.500 [+0.500, +0.500]" in repr(forgetting_table([zh, en]))
+
+
+def test_forgetting_compares_the_same_rows_only():
+    one, other = Score([1.0], [3]), Score([1.0], [4])
+    with pytest.raises(ValueError, match="not of the same rows"):
+        change(one, other)
+    with pytest.raises(ValueError, match="score the same sets"):
+        forgetting({"zh": one}, {"en": one})
 
 
 # language
