@@ -26,6 +26,17 @@ from cvlib.shapes import SHAPES, Shape, adapter_parameters, weight_bytes
 #: and transformers imported, measured.
 CONTEXT = {"cuda": 500_000_000, "cpu": 550_000_000}
 MARGIN = 0.05  # share of the memory that `fits` leaves to the allocator's rounding and fragmentation
+#: The parts as a picture shows them: how their names begin.
+KINDS = {
+    "weights of the blocks": ("matrices",),
+    "embeddings, norms, head": ("embeddings",),
+    "driver and libraries": ("driver",),
+    "adapters, gradients, optimiser": ("adapters", "their gradients", "optimiser"),
+    "kept for the backward pass": ("rotary", "inputs of", "activations", "final norm", "one block, computed"),
+    "logits in float32": ("log-probabilities", "their two gradients", "logits"),
+    "work inside a block": ("gradients inside", "one block, reading"),
+    "KV cache": ("KV cache",),
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,8 @@ class Budget:
 
     @property
     def moment(self) -> str:
-        """The moment of the peak."""
-        return max(("block", "loss"), key=self.at)
+        """The moment of the peak; `always` if the parts know no moments, as in serving."""
+        return max(("always", "block", "loss"), key=self.at)
 
     @property
     def peak(self) -> int:
@@ -200,10 +211,50 @@ def _settings(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def serves(
+    recipe: Recipe, shape: Shape, tokens: int, available_bytes: int, device: str = "cuda", dtype: str = "float16"
+) -> tuple[bool, str]:
+    """Whether the recipe's base answers one conversation of `tokens` tokens, and one line: its need, or what to change.
+
+    >>> from cvlib import recipes
+    >>> recipe = recipes.load("smollm2-cpu", ["bits=8"])
+    >>> serves(recipe, SHAPES["llama-7b"], 1024, 6_000_000_000)
+    (False, 'needs 8.2 GB, 6.0 are there; 5.1 GB with --set bits=4')
+    """
+    room, chosen = available_bytes * (1 - MARGIN), dtype if recipe.dtype == "auto" else recipe.dtype
+
+    def peak(bits: int, tokens: int) -> int:
+        return serving(shape, bits, tokens, dtype=chosen, device=device).peak
+
+    needed = peak(recipe.bits, tokens)
+    if needed <= room:
+        return True, f"needs {needed / 1e9:.1f} of {available_bytes / 1e9:.1f} GB"
+    start = f"needs {needed / 1e9:.1f} GB, {available_bytes / 1e9:.1f} are there; "
+    for bits in (bits for bits in (8, 4) if bits < recipe.bits):
+        if peak(bits, tokens) <= room:
+            return False, f"{start}{peak(bits, tokens) / 1e9:.1f} GB with --set bits={bits}"
+    longest = int((room - peak(4, 0)) / (peak(4, 1) - peak(4, 0)))  # every token costs the same
+    if longest < 1:
+        return False, start + "no setting makes it fit: choose a smaller base"
+    return False, f"{start}{peak(4, longest) / 1e9:.1f} GB with --set bits=4 --serve {longest}"
+
+
 def table(budget: Budget) -> list[list]:
     """Rows for `show.Table(["part", "GB", "when"], …)`; the last one is the peak."""
     rows = [[part.name, round(part.bytes / 1e9, 3), part.when] for part in budget.parts]
-    return [*rows, ["peak", round(budget.peak / 1e9, 3), f"at the {budget.moment}"]]
+    when = budget.moment if budget.moment == "always" else f"at the {budget.moment}"
+    return [*rows, ["peak", round(budget.peak / 1e9, 3), when]]
+
+
+def drawing(budget: Budget) -> dict[str, float]:
+    """GB that are there at the peak, by kind (`KINDS`), for `show.stacked`.
+
+    >>> drawing(Budget((Part("optimiser", 8 * 10**9), Part("adapters", 10**9), Part("activations", 10**6, "block"))))
+    {'adapters, gradients, optimiser': 9.0, 'kept for the backward pass': 0.001}
+    """
+    there = [part for part in budget.parts if part.when in ("always", budget.moment)]
+    sums = {kind: sum(part.bytes for part in there if part.name.startswith(names)) for kind, names in KINDS.items()}
+    return {kind: size / 1e9 for kind, size in sums.items() if size}
 
 
 def reported() -> list[list]:

@@ -98,6 +98,31 @@ def intervals(points: Mapping[str, tuple[float, float, float]], x: str, title: s
     plt.show()
 
 
+def stacked(
+    bars: Mapping[str, Mapping[str, float]], x: str, marks: Mapping[str, float] | None = None, title: str = ""
+) -> None:
+    """A bar for each entry, one under the other, put together from named parts; `marks` are lines across all bars."""
+    import matplotlib.pyplot as plt
+
+    axes = figure(x, "", title)
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    ends = [0.0] * len(bars)
+    for place, name in enumerate(names):
+        sizes = [parts.get(name, 0.0) for parts in bars.values()]
+        hatch = ("", "//")[place // 7 % 2]  # more parts than colours: told apart by a pattern
+        look = {"color": PALETTE[place % 7], "edgecolor": "white", "hatch": hatch}
+        axes.barh(range(len(bars)), sizes, left=ends, label=name, **look)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    for name, value in (marks or {}).items():
+        axes.axvline(value, color="black", ls="--", lw=1)
+        axes.text(value, -0.55, f" {name}", va="bottom", size=8)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.set_ylim(len(bars) - 0.4, -0.9)  # the first entry on top, room for the marks' names
+    axes.figure.set_figheight(1.6 + 0.5 * len(bars) + 0.14 * len(names))
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    plt.show()
+
+
 def grid(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], x: str, y: str, label: str):
     """A heat map with its number in every cell; `label`: what the colour means, with its unit; None: not measured."""
     import matplotlib.pyplot as plt

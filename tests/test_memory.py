@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from cvlib import loading, recipes
 from cvlib.activations import Step
 from cvlib.evaluation import token_losses
-from cvlib.memory import CONTEXT, budget, fits, of_recipe, reported, serving, table
+from cvlib.memory import CONTEXT, budget, drawing, fits, of_recipe, reported, serves, serving, table
 from cvlib.recipes import Adapter
 from cvlib.shapes import SHAPES, Shape, adapter_parameters
 from cvlib.training import add_adapter
@@ -98,6 +98,14 @@ def test_the_table_ends_with_the_peak():
     whole = of_recipe(recipes.load("smollm2-cpu"), SHAPES["smollm2-135m"], "cpu", "bfloat16")
     assert table(whole)[-1] == ["peak", round(whole.peak / 1e9, 3), f"at the {whole.moment}"]
     assert [row[0] for row in table(whole)[:-1]] == [part.name for part in whole.parts]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_the_drawing_leaves_nothing_out(bits, checkpointing):
+    recipe = recipes.load("smollm2-cpu", [f"bits={bits}", f"schedule.gradient_checkpointing={checkpointing}"])
+    for whole in (of_recipe(recipe, SHAPES["llama-7b"]), serving(SHAPES["llama-7b"], bits, 512)):
+        assert sum(drawing(whole).values()) == pytest.approx(whole.peak / 1e9, rel=1e-9)
 
 
 # against a real step
@@ -211,6 +219,40 @@ def test_what_fits_says_how_much_it_needs():
     assert line == f"needs {needed / 1e9:.1f} of 8.0 GB"
     assert not fits(recipe, SHAPES["smollm2-135m"], needed, "cpu", "bfloat16")[0]  # a margin is kept
     assert needed > CONTEXT["cpu"]
+
+
+# serving
+
+
+@pytest.mark.parametrize("gigabytes", [4, 6, 11, 24])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_following_the_advice_makes_the_answer_fit(bits, gigabytes):
+    recipe = recipes.load("smollm2-cpu", [f"bits={bits}", "base=llama-7b"])
+    yes, line = serves(recipe, SHAPES["llama-7b"], 8192, gigabytes * 1e9)
+    assert yes == (gigabytes >= {16: 24, 8: 24, 4: 11}[bits])
+    if changes := re.findall(r"--(set \S+|serve \d+)", line):
+        named = dict(change.split(" ") for change in changes)
+        smaller = recipes.load("smollm2-cpu", ["base=llama-7b", named["set"]])
+        assert serves(smaller, SHAPES["llama-7b"], int(named.get("serve", 8192)), gigabytes * 1e9)[0]
+    else:
+        assert yes or (gigabytes == 4 and "smaller base" in line)
+
+
+def test_a_7b_model_answers_within_6_gb_at_4_bits_only():
+    found = {bits: serving(SHAPES["llama-7b"], bits, tokens=2048).peak / 1e9 for bits in (16, 8, 4)}
+    assert found[4] < 6 < found[8] < found[16]
+
+
+def test_the_command_counts_an_answer_as_well(run, refused):
+    same = ("memory", "smollm2-cpu", "--set", "base=llama-7b", "--set", "bits=4", "--card", "6")
+    code, out, _ = run(*same, "--serve", "1024")
+    assert code == 0
+    assert "KV cache" in out
+    assert "needs 5.1 of 6.0 GB" in out
+    code, out, _ = run(*same, "--serve", "32768")
+    assert code == 1
+    assert "--serve" in out.splitlines()[-1]
+    refused([*same, "--serve", "0"], "'0' is not a number of tokens")
 
 
 def test_no_torch_is_needed():

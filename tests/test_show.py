@@ -113,6 +113,17 @@ def test_intervals_reach_from_low_to_high(drawn):
     assert axes.yaxis_inverted()  # the first entry is on top
 
 
+def test_stacked_bars_end_where_their_parts_add_up_to(drawn):
+    show.stacked({"7B": {"weights": 6.0, "cache": 1.0}, "13B": {"weights": 8.0}}, "GB", {"2080Ti": 11})
+    (axes,) = drawn()
+    ends = {(bar.get_y() + bar.get_height() / 2, bar.get_x() + bar.get_width()) for bar in axes.patches}
+    assert {(0, 6.0), (0, 7.0), (1, 8.0)} <= {(round(y), x) for y, x in ends}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["7B", "13B"]
+    assert axes.yaxis_inverted()
+    assert axes.lines[0].get_xdata()[0] == 11
+    assert [text.get_text() for text in axes.texts] == [" 2080Ti"]
+
+
 def test_a_grid_says_every_number_and_what_is_missing(drawn):
     show.grid([[1.0, None], [0.25, 2.0]], ["r 1", "r 8"], ["α 1", "α 2"], "alpha", "rank", "bits per byte")
     axes, bar = drawn()

@@ -25,6 +25,12 @@ def register(group) -> None:
         "--card", type=card, default="2080ti", help=f"GB, or one of {', '.join(CARDS)} (default: 2080ti)"
     )
     counting.add_argument(
+        "--serve",
+        type=count,
+        metavar="TOKENS",
+        help="instead of training: answer in one conversation of so many tokens",
+    )
+    counting.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe"
     )
 
@@ -40,6 +46,13 @@ def card(text: str) -> int:
     if not 0 < size < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither GB above 0 nor one of {', '.join(CARDS)}")
     return round(size * 1e9)
+
+
+def count(text: str) -> int:
+    """A whole number above 0 given on the command line."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write a whole number above 0")
+    return int(text)
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -75,8 +88,12 @@ def budget(options: argparse.Namespace) -> int:
 
     recipe = recipes.load(options.recipe, options.set)
     shape = shapes.shape_of(recipe.base)
-    needed = memory.of_recipe(recipe, shape)
-    fits, verdict = memory.fits(recipe, shape, options.card)
+    if options.serve:
+        needed = memory.serving(shape, recipe.bits, options.serve)
+        fits, verdict = memory.serves(recipe, shape, options.serve, options.card)
+    else:
+        needed = memory.of_recipe(recipe, shape)
+        fits, verdict = memory.fits(recipe, shape, options.card)
     data = {"peak": needed.peak, "moment": needed.moment, "card": options.card, "fits": fits, "verdict": verdict}
     parts = [dataclasses.asdict(part) for part in needed.parts]
     table = Table(
