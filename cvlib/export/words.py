@@ -9,7 +9,8 @@ cut raises no error, the model only gets worse (trap 16 was a C++ port that join
 
 Both are read from what the tokenizers library runs on, which is also what the model was trained with: grown and merged
 vocabularies need nothing of their own. One difference stays: where a SentencePiece text goes on behind a special
-token, llama.cpp begins it with a space of its own. Send it token ids (`batching.prompt_ids`) rather than text.
+token, llama.cpp begins it with a space of its own. So the file also carries the whole tokenizer, as the standard
+provides for, and `engines.LlamaCpp` cuts with it and sends token ids.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from gguf import GGUFWriter, TokenType
 
 from cvlib import InputError
+from cvlib.engines import TOKENIZER
 
 #: First cuts of byte-level texts by llama.cpp's name: GPT-2's; SmolLM2's, each digit alone; LLaMA 3's.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -68,6 +70,7 @@ def describe_vocabulary(writer: GGUFWriter, tokenizer, rows: int, folder: Path) 
     writer.add_add_bos_token(begins)
     writer.add_add_eos_token(around[begins:] == [tokenizer.eos_token_id])
     writer.add_chat_template(tokenizer.chat_template or "")
+    writer.add_string(TOKENIZER, tokenizer.backend_tokenizer.to_str())
 
 
 def describe_pieces(writer: GGUFWriter, state: dict, rows: int) -> None:
