@@ -1,68 +1,43 @@
 """Prompt in, text out, piece by piece.
 
-One loop serves everything: a chat streams one prompt, an evaluation answers many at once. The loop is the method; the
-three functions around it are its parts: `probabilities` reshapes what the model predicts, `tokens` draws from it with
-a key-value cache, `spell` turns tokens into text without ever showing half a character (a Chinese character is three
-bytes and may be three tokens).
+One loop serves everything: a chat streams one prompt, an evaluation answers many at once. `tokens` is the loop: it
+draws from what the model predicts, with a key-value cache (`sampling` reshapes the prediction). Three functions stand
+between it and the reader:
+
+* `end_tokens`: what ends an answer, also where a tokenizer is wrong about its own end token (trap 17);
+* `spell` turns tokens into text without ever showing half a character: a Chinese character is three bytes and may be
+  three tokens;
+* `until` ends the text at a stop string that may begin in one piece and end in another (trap 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 import torch
 
 from cvlib.batching import prompt_ids
 from cvlib.messages import Conversation
 from cvlib.recipes import Decoding
-from cvlib.templates import prompt
-
-
-def probabilities(logits: torch.Tensor, answers: Sequence[Sequence[int]], decoding: Decoding) -> torch.Tensor:
-    """Next-token probabilities after repetition penalty, temperature, top-k and top-p, in this order.
-
-    Args:
-        logits: (rows, vocabulary) as the model gives them.
-        answers: tokens each row has written so far. Only these are penalised, never the prompt: a penalty on the
-            prompt forbids an answer to repeat the question's own words (trap 18).
-
-    Returns:
-        (rows, vocabulary), each row summing to 1.
-
-    >>> probabilities(torch.tensor([[2.0, 1.0, 0.0]]), [[]], Decoding(temperature=0)).tolist()
-    [[1.0, 0.0, 0.0]]
-    """
-    logits = logits.float().clone()
-    for row, answer in enumerate(answers):  # Keskar et al. 2019, CTRL, section 4.1
-        seen = torch.tensor(sorted(set(answer)), dtype=torch.long, device=logits.device)
-        kept = logits[row, seen]
-        penalty = decoding.repetition_penalty
-        logits[row, seen] = torch.where(kept > 0, kept / penalty, kept * penalty)
-    if decoding.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits /= decoding.temperature
-    if 0 < decoding.top_k < logits.shape[-1]:
-        smallest = logits.topk(decoding.top_k).values[:, -1:]
-        logits[logits < smallest] = -torch.inf
-    if decoding.top_p < 1:  # Holtzman et al. 2020: the smallest set of tokens that holds top_p
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= decoding.top_p
-        logits[beyond.scatter(-1, order, beyond)] = -torch.inf
-    return logits.softmax(-1)
+from cvlib.sampling import probabilities
+from cvlib.templates import find, prompt
 
 
 @torch.no_grad()
 def tokens(model, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[int]]:
     """One new token for every prompt at each step, until `max_new_tokens`.
 
-    Prompts of unequal length are padded on the left, so that all of them end where the answer begins.
+    Prompts of unequal length are padded on the left, so that all of them end where the answer begins. Only the answer
+    is penalised for repeating itself, unless `decoding.penalise` is "all": a penalty on the prompt's tokens forbids
+    an answer to use the question's own words (trap 18).
     """
     model.eval()
     device, longest = model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
     draws = torch.Generator().manual_seed(decoding.seed)
-    answers: list[list[int]] = [[] for _ in prompts]
+    said = [list(row) if decoding.penalise == "all" else [] for row in prompts]
     cache = None
     for _ in range(decoding.max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -75,12 +50,12 @@ def tokens(model, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Itera
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        chances = probabilities(out.logits[:, -1].cpu(), answers, decoding)
+        chances = probabilities(out.logits[:, -1].cpu(), said, decoding)
         ids = torch.multinomial(chances, 1, generator=draws).to(device)  # (rows, 1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
         drawn = ids[:, 0].tolist()
-        for answer, token in zip(answers, drawn, strict=True):
-            answer.append(token)
+        for row, token in zip(said, drawn, strict=True):
+            row.append(token)
         yield drawn
 
 
@@ -106,18 +81,58 @@ def _after(before: list[int], waiting: list[int], tokenizer) -> str:
     return tokenizer.decode(before + waiting, skip_special_tokens=True)[len(known) :]
 
 
-def stream(model, tokenizer, conversation: Conversation, template: str, decoding: Decoding) -> Iterator[str]:
-    """The answer to the last turn of a conversation, piece by piece, up to the model's end token."""
+def until(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """A text's pieces up to the first stop string that is complete; no part of that string is ever shown.
+
+    A piece is held back as long as it may be the beginning of a stop string. Comparing *tokens* instead would miss
+    most of them: the newline in front of `User:` is one token here and a part of another there (trap 5).
+
+    >>> list(until(["Paris.", "\\n", "Us", "er", ":", " and"], ["\\nUser:"]))
+    ['Paris.']
+    >>> list(until(["Paris.", "\\n", "Us", "ually"], ["\\nUser:"]))
+    ['Paris.', '\\nUsually']
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        if ends := [(held.find(text) + len(text), held.find(text)) for text in stop if text in held]:
+            held = held[: min(ends)[1]]
+            break
+        ready = len(held) - _begun(held, stop)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    if held:
+        yield held
+
+
+def _begun(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of `text` with which a stop string may have begun."""
+    longest = min(len(text), max(map(len, stop), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in stop)), 0)
+
+
+def end_tokens(tokenizer, template: str) -> set[int]:
+    """Tokens that end an answer: the tokenizer's own end token, and the marks of the template's turns.
+
+    Base models are published whose tokenizers name another end token than the one their chats were written with; a
+    loop that trusts the tokenizer alone then never stops (trap 17).
+    """
+    known = tokenizer.get_added_vocab()
+    return {tokenizer.eos_token_id, *(known[mark] for mark in find(template).marks if mark in known)}
+
+
+def stream(
+    model, tokenizer, conversation: Conversation, template: str, decoding: Decoding, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """The answer to the last turn of a conversation, piece by piece, up to an end token or a stop string.
+
+    Close the generator to cancel: it holds nothing but its own cache, so the model can answer again at once.
+    """
     start = prompt_ids(prompt(conversation, template, tokenizer.eos_token), tokenizer)
+    ends = end_tokens(tokenizer, template)
     drawn = (token for (token,) in tokens(model, [start], decoding))
-    yield from spell(_until(drawn, tokenizer.eos_token_id), tokenizer)
-
-
-def _until(drawn: Iterator[int], end: int) -> Iterator[int]:
-    for token in drawn:
-        if token == end:
-            return
-        yield token
+    yield from until(spell(takewhile(lambda token: token not in ends, drawn), tokenizer), stop)
 
 
 def answers(
@@ -127,19 +142,20 @@ def answers(
     from tqdm import tqdm
 
     starts = [prompt_ids(prompt(c, template, tokenizer.eos_token), tokenizer) for c in conversations]
+    ends = end_tokens(tokenizer, template)
     texts = []
     for first in tqdm(range(0, len(starts), batch), desc="answering", unit="batch", leave=False):
-        texts += _batch(model, tokenizer, starts[first : first + batch], decoding)
+        texts += _batch(model, tokenizer, starts[first : first + batch], ends, decoding)
     return texts
 
 
-def _batch(model, tokenizer, starts: list[list[int]], decoding: Decoding) -> list[str]:
+def _batch(model, tokenizer, starts: list[list[int]], ends: set[int], decoding: Decoding) -> list[str]:
     written: list[list[int]] = [[] for _ in starts]
     done: set[int] = set()
     for step in tokens(model, starts, decoding):
         for row, token in enumerate(step):
             if row not in done:
-                if token == tokenizer.eos_token_id:
+                if token in ends:
                     done.add(row)
                 else:
                     written[row].append(token)

@@ -35,12 +35,14 @@ class Segment:
 class Template:
     """How turns are wrapped: `{eos}` stands for the tokenizer's end token, which ends every assistant turn.
 
-    `system` is the default system text; `open` and `close` give, for each role, what stands around its text.
+    `system` is the default system text; `open` and `close` give, for each role, what stands around its text; a model
+    that writes one of the `marks` has ended its answer, whatever its tokenizer calls the end token (trap 17).
     """
 
     system: str
     open: dict[str, str]
     close: dict[str, str]
+    marks: tuple[str, ...] = ()
 
 
 TEMPLATES = {
@@ -49,6 +51,7 @@ TEMPLATES = {
         system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
         open={role: f"<|im_start|>{role}\n" for role in ("system", "user", "assistant")},
         close=dict.fromkeys(("system", "user", "assistant"), "{eos}\n"),
+        marks=("<|im_end|>", "<|im_start|>"),
     ),
     # Stanford Alpaca's headings, for bases that were never tuned to chat.
     "alpaca": Template(

@@ -1,15 +1,16 @@
-"""Answers: greedy equals transformers' own, no character is ever torn, and sampling equals its processors."""
+"""Answers: greedy equals transformers' own, no character is ever torn, and an answer ends where it should."""
 
+from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.generation import logits_process as theirs
 
 from cvlib.batching import prompt_ids
-from cvlib.generation import answers, probabilities, spell, stream, tokens
+from cvlib.generation import answers, end_tokens, spell, stream, tokens, until
 from cvlib.recipes import Decoding
 from cvlib.templates import prompt
 
@@ -98,65 +99,111 @@ def test_no_gradient_is_kept(model, tokenizer, talk):
     assert all(weight.grad is None for weight in model.parameters())
 
 
-# the distribution
+# what is penalised
 
 
-@pytest.mark.parametrize("temperature", [0.2, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [0, 1, 5, 10_000])
-@pytest.mark.parametrize("top_p", [0.05, 0.9, 1.0])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_sampling_equals_transformers_processors(temperature, top_k, top_p, penalty):
-    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) * 4
-    said = [[3, 3, 77], [5, 6, 7], [199, 0, 1]]
-    scores = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(said), logits.clone())
-    scores = theirs.TemperatureLogitsWarper(temperature)(None, scores)
-    if top_k:
-        scores = theirs.TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = theirs.TopPLogitsWarper(top_p)(None, scores)
-    mine = probabilities(logits, said, Decoding(temperature, top_k, top_p, penalty))
-    torch.testing.assert_close(mine, scores.softmax(-1), atol=1e-6, rtol=1e-5)
-    assert torch.equal(mine > 0, scores.softmax(-1) > 0)
-
-
-def test_probabilities_by_hand():
-    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()  # chances 0.4, 0.3, 0.2, 0.1
-    plain = {"temperature": 1, "top_k": 0, "top_p": 1, "repetition_penalty": 1}
-
-    def found(**changes):
-        return [round(p, 4) for p in probabilities(logits, [[]], Decoding(**plain | changes))[0].tolist()]
-
-    assert found() == [0.4, 0.3, 0.2, 0.1]
-    assert found(top_k=2) == [0.5714, 0.4286, 0, 0]
-    assert found(top_p=0.69) == [0.5714, 0.4286, 0, 0]
-    assert found(top_p=0.71) == [0.4444, 0.3333, 0.2222, 0]
-    assert found(temperature=0.5) == [0.5333, 0.3, 0.1333, 0.0333]
-    assert found(temperature=0) == [1, 0, 0, 0]
-
-
-def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_not():
-    logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-    before = logits.clone()
-    mine = probabilities(logits, [[0, 1, 1, 1]], Decoding(1, 0, 1, repetition_penalty=2))
-    torch.testing.assert_close(mine, torch.tensor([[1.0, -4.0, 2.0, -2.0]]).softmax(-1))
-    assert torch.equal(logits, before)  # the caller's logits are not touched
-
-
-def test_the_penalty_touches_the_answer_only(tokenizer):
-    """Trap 18. A stand-in model that always prefers token 7: in the prompt it costs nothing, once said it does."""
+@pytest.fixture
+def parrot():
+    """A stand-in model that always prefers token 7 to token 9, and both to all others."""
 
     class Parrot(torch.nn.Module):
         device = torch.device("cpu")
 
         def forward(self, input_ids, **_):
-            from types import SimpleNamespace
-
             logits = torch.zeros(len(input_ids), 1, 20)
             logits[..., 7], logits[..., 9] = 2.0, 1.5
             return SimpleNamespace(logits=logits, past_key_values=None)
 
+    return Parrot()
+
+
+def test_the_penalty_touches_the_answer_only(parrot):
+    """Trap 18: token 7 in the prompt costs nothing, once said it does."""
     decoding = Decoding(temperature=0, repetition_penalty=1.5, max_new_tokens=3)
-    assert drawn(Parrot(), [[7, 7, 7, 1], [1]], decoding) == [[7, 9, 7], [7, 9, 7]]
+    assert drawn(parrot, [[7, 7, 7, 1], [1]], decoding) == [[7, 9, 7], [7, 9, 7]]
+    everything = replace(decoding, penalise="all")
+    assert drawn(parrot, [[7, 7, 7, 1], [1]], everything) == [[9, 7, 7], [7, 9, 7]]
+
+
+def test_penalising_everything_is_what_transformers_does(model, tokenizer, talk):
+    ids = start(talk(QUESTIONS[1]), tokenizer)
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "repetition_penalty": 2.0}
+    theirs = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)[0, len(ids) :]
+    decoding = Decoding(temperature=0, repetition_penalty=2.0, max_new_tokens=8)
+    assert drawn(model, [ids], replace(decoding, penalise="all")) == [theirs.tolist()]
+    assert drawn(model, [ids], decoding) != [theirs.tolist()]
+
+
+# where an answer ends
+
+
+def test_end_tokens(tokenizer, tiny):
+    from transformers import AutoTokenizer
+
+    assert end_tokens(tokenizer, "chatml") == {1, 2}
+    assert end_tokens(tokenizer, "alpaca") == {2}
+    careless = AutoTokenizer.from_pretrained(tiny)
+    careless.eos_token = "<|endoftext|>"  # as many base models have it
+    assert end_tokens(careless, "chatml") == {0, 1, 2}
+
+
+def test_a_wrong_end_token_does_not_keep_it_talking(model, tokenizer, talk):
+    """Trap 17: a tokenizer whose end token is not the one that the model writes at the end of its turn."""
+    import copy
+
+    careless = copy.deepcopy(tokenizer)
+    careless.eos_token = "<|endoftext|>"
+    asked = talk("Answer with one word only: what is the capital of France?")
+    decoding = Decoding(temperature=0, repetition_penalty=1, max_new_tokens=40)
+    said = "".join(stream(model, careless, asked, "chatml", decoding))
+    assert said == answers(model, careless, [asked], "chatml", decoding)[0]
+    assert len(tokenizer(said).input_ids) < 40
+    assert "assistant" not in said
+
+
+def test_a_stop_string_ends_a_real_answer(model, tokenizer, talk):
+    whole = "".join(stream(model, tokenizer, talk("Count: 1 2 3"), "chatml", GREEDY))
+    middle = whole[6:11]  # begins and ends inside tokens
+    assert "".join(stream(model, tokenizer, talk("Count: 1 2 3"), "chatml", GREEDY, [middle])) == whole.split(middle)[0]
+
+
+def first_stop(text, stop):
+    """What must be shown, a character at a time and with nothing held back."""
+    for end in range(1, len(text) + 1):
+        if found := [mark for mark in stop if text[:end].endswith(mark)]:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+WORDS = st.text("ab\n语", max_size=12)
+
+
+@given(st.lists(WORDS, max_size=8), st.lists(st.text("ab\n语", min_size=1, max_size=4), max_size=3))
+@settings(max_examples=500)
+def test_no_part_of_a_stop_string_is_shown_however_it_is_cut(pieces, stop):
+    """Trap 5."""
+    shown = list(until(pieces, stop))
+    assert "".join(shown) == first_stop("".join(pieces), stop)
+    assert all(shown)
+
+
+def test_text_waits_only_as_long_as_it_must():
+    taken = []
+    source = (taken.append(piece) or piece for piece in ["a", "\n", "U", "s", "!", "b"])
+    shown = until(source, ["\nUser:"])
+    assert next(shown) == "a"
+    assert taken == ["a"]
+    assert next(shown) == "\nUs!"
+    assert len(taken) == 5
+
+
+def test_closing_midway_leaves_the_model_usable(model, tokenizer, talk):
+    pieces = stream(model, tokenizer, talk(QUESTIONS[0]), "chatml", GREEDY)
+    first = next(pieces)
+    pieces.close()
+    again = list(stream(model, tokenizer, talk(QUESTIONS[0]), "chatml", GREEDY))
+    assert again[0] == first
+    assert "Paris" in "".join(again)
 
 
 # spelling
