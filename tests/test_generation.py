@@ -102,6 +102,14 @@ def test_no_gradient_is_kept(model, tokenizer, talk):
 # what is penalised
 
 
+@pytest.fixture(scope="module")
+def small(tiny):
+    """The random tiny model and its tokenizer."""
+    from cvlib import loading
+
+    return loading.load(str(tiny), dtype="float32")
+
+
 @pytest.fixture
 def parrot():
     """A stand-in model that always prefers token 7 to token 9, and both to all others."""
@@ -125,46 +133,56 @@ def test_the_penalty_touches_the_answer_only(parrot):
     assert drawn(parrot, [[7, 7, 7, 1], [1]], everything) == [[9, 7, 7], [7, 9, 7]]
 
 
-def test_penalising_everything_is_what_transformers_does(model, tokenizer, talk):
-    ids = start(talk(QUESTIONS[1]), tokenizer)
-    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "repetition_penalty": 2.0}
-    theirs = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), **options)[0, len(ids) :]
+def test_penalising_everything_is_what_transformers_does(small, talk):
+    model, words = small
+    ids = start(talk("北京北京北京"), words)
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": -1}
+    theirs = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), repetition_penalty=2.0, **options
+    )
     decoding = Decoding(temperature=0, repetition_penalty=2.0, max_new_tokens=8)
-    assert drawn(model, [ids], replace(decoding, penalise="all")) == [theirs.tolist()]
-    assert drawn(model, [ids], decoding) != [theirs.tolist()]
+    assert drawn(model, [ids], replace(decoding, penalise="all")) == [theirs[0, len(ids) :].tolist()]
+    assert drawn(model, [ids], decoding) != [theirs[0, len(ids) :].tolist()]
 
 
 # where an answer ends
 
 
-def test_end_tokens(tokenizer, tiny):
-    from transformers import AutoTokenizer
-
-    assert end_tokens(tokenizer, "chatml") == {1, 2}
-    assert end_tokens(tokenizer, "alpaca") == {2}
-    careless = AutoTokenizer.from_pretrained(tiny)
-    careless.eos_token = "<|endoftext|>"  # as many base models have it
-    assert end_tokens(careless, "chatml") == {0, 1, 2}
-
-
-def test_a_wrong_end_token_does_not_keep_it_talking(model, tokenizer, talk):
-    """Trap 17: a tokenizer whose end token is not the one that the model writes at the end of its turn."""
+@pytest.fixture
+def careless(tokenizer):
+    """The tokenizer as many base models have it: its end token is not the one that ends a turn (trap 17)."""
     import copy
 
-    careless = copy.deepcopy(tokenizer)
-    careless.eos_token = "<|endoftext|>"
-    asked = talk("Answer with one word only: what is the capital of France?")
-    decoding = Decoding(temperature=0, repetition_penalty=1, max_new_tokens=40)
-    said = "".join(stream(model, careless, asked, "chatml", decoding))
-    assert said == answers(model, careless, [asked], "chatml", decoding)[0]
-    assert len(tokenizer(said).input_ids) < 40
-    assert "assistant" not in said
+    wrong = copy.deepcopy(tokenizer)
+    wrong.eos_token = "<|endoftext|>"
+    return wrong
 
 
-def test_a_stop_string_ends_a_real_answer(model, tokenizer, talk):
-    whole = "".join(stream(model, tokenizer, talk("Count: 1 2 3"), "chatml", GREEDY))
+def test_end_tokens(tokenizer, careless, llama_tokenizer):
+    assert end_tokens(tokenizer, "chatml") == {1, 2}
+    assert end_tokens(tokenizer, "alpaca") == {2}
+    assert end_tokens(careless, "chatml") == {0, 1, 2}
+    assert end_tokens(llama_tokenizer[0], "chatml") == {llama_tokenizer[0].eos_token_id}
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
+def test_a_wrong_end_token_does_not_keep_it_talking(careless, talk, mark):
+    script = iter(careless(f"Paris.{mark}\nuser and so on and on and on").input_ids)
+
+    class Reciter(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **_):
+            said = torch.tensor([[[next(script)]]])
+            return SimpleNamespace(logits=torch.zeros(1, 1, 49_152).scatter(-1, said, 9.0), past_key_values=None)
+
+    assert list(stream(Reciter(), careless, talk("?"), "chatml", GREEDY)) == ["Paris", "."]
+
+
+def test_a_stop_string_ends_a_real_answer(model, tokenizer, talk, reference):
+    whole = tokenizer.decode(reference[0])
     middle = whole[6:11]  # begins and ends inside tokens
-    assert "".join(stream(model, tokenizer, talk("Count: 1 2 3"), "chatml", GREEDY, [middle])) == whole.split(middle)[0]
+    assert "".join(stream(model, tokenizer, talk(QUESTIONS[0]), "chatml", GREEDY, [middle])) == whole.split(middle)[0]
 
 
 def first_stop(text, stop):
@@ -197,13 +215,16 @@ def test_text_waits_only_as_long_as_it_must():
     assert len(taken) == 5
 
 
-def test_closing_midway_leaves_the_model_usable(model, tokenizer, talk):
-    pieces = stream(model, tokenizer, talk(QUESTIONS[0]), "chatml", GREEDY)
-    first = next(pieces)
+def test_closing_midway_leaves_the_model_usable(small, talk):
+    model, words = small
+    decoding = replace(GREEDY, seed=3, temperature=1.0)
+    whole = list(stream(model, words, talk("你好"), "chatml", decoding))
+    pieces = stream(model, words, talk("你好"), "chatml", decoding)
+    assert next(pieces) == whole[0]
     pieces.close()
-    again = list(stream(model, tokenizer, talk(QUESTIONS[0]), "chatml", GREEDY))
-    assert again[0] == first
-    assert "Paris" in "".join(again)
+    assert list(pieces) == []
+    assert list(stream(model, words, talk("你好"), "chatml", decoding)) == whole
+    assert torch.is_grad_enabled()
 
 
 # spelling
