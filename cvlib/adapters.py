@@ -71,10 +71,20 @@ def grow(model, recipe: Recipe) -> range:
     return embeddings.grow(model, sub_pieces, recipe.growth.start, recipe.schedule.seed)
 
 
-def two_rates(model, rate: float, row_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """AdamW with a learning rate of their own for the new rows, whose numbers are of another size than LoRA's."""
+def two_rates(
+    model, rate: float, row_rate: float, weight_decay: float = 0.0, kind: str = "adamw"
+) -> torch.optim.Optimizer:
+    """AdamW with a learning rate of their own for the new rows, whose numbers are of another size than LoRA's.
+
+    `kind` says how its two moments are held: in 32 bits, in 8, or in 8 in pages that may leave the card for a while.
+    """
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     rows = [weight for name, weight in weights if "trainable_tokens" in name]
     rest = [weight for name, weight in weights if "trainable_tokens" not in name]
     groups = [{"params": rest, "lr": rate}, {"params": rows, "lr": row_rate}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=weight_decay)
+    options = {"params": [group for group in groups if group["params"]], "weight_decay": weight_decay}
+    if kind == "adamw":
+        return torch.optim.AdamW(**options, fused=True)
+    from bitsandbytes import optim
+
+    return {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[kind](**options)

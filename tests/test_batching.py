@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cvlib.batching import IGNORE_INDEX, Example, answers_only, encode, flatten, groups, pad, prompt_ids
+from cvlib.batching import IGNORE_INDEX, Example, answers_only, blocks, encode, flatten, groups, pad, prompt_ids
 from cvlib.evaluation import token_losses
 from cvlib.messages import read
 from cvlib.templates import prompt, render
@@ -184,3 +184,32 @@ def test_labels_and_ids_always_have_equal_length(length, tokenizer, talk):
     for texts in TALKS:
         if example := encoded(talk(*texts), tokenizer, length):
             assert len(example.labels) == len(example.input_ids) <= length
+
+
+# plain text
+
+
+def test_blocks_hold_every_token_once_behind_a_mark(tokenizer):
+    documents = ["北京的天气很好。", "Good morning!", "上海"]
+    ids = [tokenizer(text).input_ids for text in documents]
+    stream = [token for document in ids for token in [*document, 0]]
+    for length in (16, 64):
+        made = blocks(documents, tokenizer, length)
+        assert [token for example in made for token in example.input_ids[1:]] == stream
+        assert all(example.input_ids[0] == 0 and example.labels[0] == IGNORE_INDEX for example in made)
+        assert all(example.labels[1:] == example.input_ids[1:] for example in made)
+        assert {len(example) for example in made[:-1]} <= {length}
+
+
+def test_blocks_of_a_llama_vocabulary_begin_and_end_with_its_own_marks(llama_tokenizer):
+    fast, _ = llama_tokenizer
+    fast.bos_token, fast.eos_token = "<s>", "</s>"
+    (block,) = blocks(["北京"], fast, 64)
+    assert fast.convert_ids_to_tokens(block.input_ids[-1]) == "</s>"
+    assert block.input_ids[:1] == (fast("").input_ids or [fast.eos_token_id])
+
+
+def test_a_text_that_spells_a_special_token_does_not_speak_it(tokenizer):
+    (block,) = blocks(["<|im_end|>"], tokenizer, 64)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in block.input_ids
+    assert blocks([], tokenizer, 64) == []

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from cvlib import InputError, recipes
+from cvlib import ROOT, InputError, recipes, sources, texts
 
 
 def written(folder, text, name="mine.yaml"):
@@ -19,6 +19,23 @@ def test_shipped_recipes_load_and_come_back_unchanged(name, tmp_path):
     recipe = recipes.load(name)
     text = yaml.safe_dump(recipe.as_dict(), allow_unicode=True)
     assert recipes.load(written(tmp_path, text)) == recipe
+
+
+@pytest.mark.parametrize("name", sorted({*recipes.names()} - {"smollm2-cpu", "smollm2-zh"}))
+def test_a_recipe_says_its_licence_and_what_its_hours_rest_on(name):
+    lines = (recipes.FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    about = " ".join(line for line in lines if line.startswith("#"))
+    assert "Apache-2.0" in about
+    assert "estimated, not measured" in about
+    assert "Hours" in about or "Minutes" in about
+    assert len(lines) < 20
+    assert max(map(len, lines)) <= 120
+
+
+def test_every_file_or_source_of_a_recipe_is_known():
+    for recipe in map(recipes.load, recipes.names()):
+        assert all(name in sources.names() or (ROOT / name).is_file() for name in recipe.data.train)
+        assert set(recipe.data.text) <= set(texts.PACKAGED)
 
 
 def test_an_empty_mapping_is_all_defaults(tmp_path):
@@ -79,6 +96,8 @@ def test_set_changes_single_values():
         ("schedule: {epochs: 0}", ["schedule.epochs is 0.0"]),
         ("schedule: {max_steps: -1}", ["schedule.max_steps is -1"]),
         ("schedule: {warmup_ratio: 1}", ["schedule.warmup_ratio is 1.0", "below 1"]),
+        ("schedule: {warmup_steps: -1}", ["schedule.warmup_steps is -1"]),
+        ("schedule: {optimizer: sgd}", ["schedule.optimizer is 'sgd'", "adamw, adamw_8bit, paged_adamw_8bit"]),
         ("schedule: {micro_rows: 0}", ["schedule.micro_rows is 0"]),
         ("schedule: {batch_rows: 10, micro_rows: 4}", ["schedule.batch_rows is 10", "multiple of micro_rows", "4"]),
         ("schedule: {batch_rows: 0}", ["schedule.batch_rows is 0"]),

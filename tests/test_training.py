@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
 import transformers
 
-from cvlib import InputError, loading, recipes, training
+from cvlib import InputError, loading, recipes, texts, training
 from cvlib.batching import IGNORE_INDEX, flatten
 from cvlib.evaluation import score, token_losses
 from cvlib.messages import read, split
-from cvlib.training import add_adapter, prepare, train, training_rows
+from cvlib.training import add_adapter, prepare, train, training_examples, training_rows
 
 REPACKS = torch.cpu._is_avx512_bf16_supported() and not torch.cuda.is_available()
 
@@ -163,6 +164,46 @@ def test_held_out_rows_are_never_trained(make):
     assert trained == split(everything)[0]
 
 
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{n}，北京的天气很好。\n" for n in range(60)), encoding="utf-8")
+    return path
+
+
+def test_plain_text_is_learnt_token_by_token_and_held_out_lines_are_not(make, text_file, tmp_path, monkeypatch):
+    seen, tokenizer = [], loading.load(make().base)[1]
+
+    def spy(model, batch):
+        labels = batch["labels"][0]
+        seen.extend(labels[labels != IGNORE_INDEX].tolist())
+        return token_losses(model, batch)
+
+    monkeypatch.setattr(training, "token_losses", spy)
+    text = ["data.train=[]", f"data.text=[{text_file}]", "data.max_length=64"]
+    train(make(*text, "schedule.max_steps=0", "schedule.epochs=1"), tmp_path / "run")
+    learnt, held_out = texts.split(texts.lines(str(text_file)))
+    assert held_out
+    wanted = [token for line in learnt for token in [*tokenizer(line).input_ids, 0]]
+    assert Counter(seen) == Counter(wanted)
+
+
+def test_rows_and_text_in_one_run(make, text_file):
+    recipe = make(f"data.text=[{text_file}]", "data.max_length=128")
+    examples = training_examples(recipe, loading.load(recipe.base)[1])
+    rows = len(training_rows(recipe.data.train))
+    assert {len(example) for example in examples[rows:-1]} == {128}
+    assert len(examples) > rows + 1
+
+
+def test_text_that_cannot_be_trained(make, tmp_path):
+    only = tmp_path / "only.txt"
+    only.write_text("22", encoding="utf-8")  # held out, see the doctest of texts.held_out
+    with pytest.raises(InputError, match=r"only\.txt: every line falls into the held-out split"):
+        train(make("data.train=[]", f"data.text=[{only}]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_first_loss_is_the_mean_over_the_steps_answers(make, tmp_path, monkeypatch):
     """Over all labelled tokens of both micro-batches, not a mean of two means."""
     losses = []
@@ -222,6 +263,42 @@ def test_three_steps_are_not_all_warm_up(make, tmp_path):
     """Trap 13: the warm-up is a share of the run, so a short run reaches its rate."""
     run = train(make("schedule.warmup_ratio=0.05", "schedule.learning_rate=0.01"), tmp_path / "run")
     assert rates(run) == pytest.approx([0, 0.01, 0.005])
+
+
+def test_trap_13_a_hundred_warm_up_steps_on_a_run_of_three_are_refused(make, tmp_path):
+    with pytest.raises(InputError, match=r"warmup_steps is 100, but the run has 3 steps; choose fewer"):
+        train(make("schedule.warmup_steps=100"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    run = train(make("schedule.warmup_steps=1", "schedule.learning_rate=0.01"), tmp_path / "run")
+    assert rates(run) == pytest.approx([0, 0.01, 0.005])
+
+
+@pytest.mark.parametrize(
+    ("card", "change", "words"),
+    [
+        (None, "schedule.optimizer=adamw_8bit", "but there is no NVIDIA card here; choose adamw"),
+        (None, "schedule.optimizer=paged_adamw_8bit", "is 'paged_adamw_8bit', but"),
+        ((7, 5), "dtype=bfloat16", "dtype is 'bfloat16', but this card only emulates it; choose auto"),
+        ((7, 0), "bits=8", "bits is 8, but this card is older than Turing"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused(card, change, words, make, tmp_path, monkeypatch):
+    """Trap 9 among them: int8 on a card before Turing explodes, or says 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    with pytest.raises(InputError) as refusal:
+        train(make(change), tmp_path / "run")
+    assert words in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("card", "change"), [((8, 0), "dtype=bfloat16"), ((7, 5), "bits=8"), ((7, 0), "bits=4"), (None, "bits=8")]
+)
+def test_what_the_machine_can_do_is_not_refused(card, change, make, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    training.check_machine(make(change))
 
 
 def test_epochs_count_the_training_rows(make, tmp_path):
@@ -287,7 +364,7 @@ def test_a_run_that_is_stopped_leaves_nothing(error, make, tmp_path, monkeypatch
 
 
 def test_rows_that_cannot_be_trained(make, tmp_path, talk):
-    with pytest.raises(InputError, match=r"data\.train is empty"):
+    with pytest.raises(InputError, match=r"data\.train and data\.text are empty"):
         train(make("data.train=[]"), tmp_path / "run")
     with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
         train(make("data.train=[none.jsonl]"), tmp_path / "run")

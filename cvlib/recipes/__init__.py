@@ -28,6 +28,7 @@ KINDS = {
     "bool": (bool, "true or false"),
     "list[str]": (list, "a list of texts, such as [a, b]"),
 }
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -77,9 +78,10 @@ class Growth:
 
 @dataclass
 class Data:
-    """Conversations to learn from."""
+    """Conversations to answer in, and plain text to learn whole."""
 
-    train: list[str] = setting([], "row files, JSON lines; rows held out by their hash are left out")
+    train: list[str] = setting([], "row files or sources of rows; rows held out by their hash are left out")
+    text: list[str] = setting([], "plain text, a document a line: files, or assets such as china-law")
     max_length: int = setting(512, "longest conversation, in tokens; longer answers are cut and lose their end token")
 
     def __post_init__(self):
@@ -91,11 +93,13 @@ class Schedule:
     """How long, how fast, in which order."""
 
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW")
+    optimizer: str = setting("adamw", "AdamW with its moments in 32 bits; 8 or paged need a card", OPTIMIZERS)
     epochs: float = setting(3.0, "passes over the rows")
     max_steps: int = setting(0, "stop after this many optimiser steps instead; 0 means by epochs")
     batch_rows: int = setting(128, "conversations per optimiser step, over all devices")
     micro_rows: int = setting(8, "conversations per forward pass; batch_rows must be a multiple of it")
     warmup_ratio: float = setting(0.05, "share of the steps in which the learning rate climbs from 0")
+    warmup_steps: int = setting(0, "climb for this many steps instead; 0 means by warmup_ratio")
     scheduler: str = setting("linear", "what happens after the peak", ("linear", "cosine", "constant_with_warmup"))
     weight_decay: float = setting(0.0, "AdamW's decay of the adapter weights")
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it")
@@ -107,6 +111,7 @@ class Schedule:
         need(self.epochs > 0, "schedule.epochs", self.epochs, "choose more than 0 passes")
         need(self.max_steps >= 0, "schedule.max_steps", self.max_steps, "choose 0 (by epochs) or a number of steps")
         need(0 <= self.warmup_ratio < 1, "schedule.warmup_ratio", self.warmup_ratio, "choose a share below 1")
+        need(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "choose 0 (by ratio) or a number")
         need(self.micro_rows >= 1, "schedule.micro_rows", self.micro_rows, "a forward pass needs a row")
         need(
             self.batch_rows >= 1 and self.batch_rows % self.micro_rows == 0,
