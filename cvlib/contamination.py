@@ -12,14 +12,14 @@ the same.
 
 from __future__ import annotations
 
-import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from cvlib import ROOT, InputError, messages, sources
+from cvlib import ROOT, InputError, messages, questions, sources
 from cvlib.duplicates import TURN, key, normal, shingles
 
 CONTAINED = 0.8  # of a text's shingles: a row that holds so many gives the text away
@@ -76,13 +76,13 @@ def reference(names: Iterable[str]) -> Reference:
     Raises:
         InputError: a name that cannot be read, or a broken row in it.
     """
-    questions, passages = [], []
+    asked, passages = [], []
     for name in names:
         folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
         for question, texts in _exam(folder) if folder else _held_out_rows(name):
-            questions.append(question)
+            asked.append(question)
             passages += texts
-    return Reference(questions, passages)
+    return Reference(asked, passages)
 
 
 def _held_out_rows(name: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -91,16 +91,9 @@ def _held_out_rows(name: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _exam(folder: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Questions as C-Eval writes them, each with the text of its right option."""
+    """All questions in a folder, each with the text of its right option."""
     files = sorted(folder.rglob("*.csv"))
     if not files:
         raise InputError(f"{folder}: no .csv file of questions in this folder; name an exam folder or a file of rows")
-    for file in files:
-        with file.open(encoding=messages.encoding(file), errors="replace", newline="") as stream:
-            for row in (reader := csv.DictReader(stream)):
-                answer = row.get(row.get("answer")) if row.get("answer") in tuple("ABCD") else None
-                if not row.get("question") or not answer:
-                    where, found = f"{file}:{reader.line_num}", ", ".join(filter(None, map(str, row)))
-                    raise InputError(f"{where}: no question with its right option (columns {found}); write id, "
-                                     "question, A, B, C, D, answer")  # fmt: skip
-                yield row["question"], [(row["question"], answer)]
+    for question in chain.from_iterable(map(questions.read_file, files)):
+        yield question.text, [(question.text, question.right)]

@@ -139,17 +139,24 @@ def answers(
     model, tokenizer, conversations: Sequence[Conversation], template: str, decoding: Decoding, batch: int = 16
 ) -> list[str]:
     """Answers to many conversations, `batch` at a time, each up to its end token."""
+    return [text for text, _ in ended(model, tokenizer, conversations, template, decoding, batch)]
+
+
+def ended(
+    model, tokenizer, conversations: Sequence[Conversation], template: str, decoding: Decoding, batch: int = 16
+) -> list[tuple[str, bool]]:
+    """The same answers, each with whether it came to its end token before its room was used up."""
     from tqdm import tqdm
 
     starts = [prompt_ids(prompt(c, template, tokenizer.eos_token), tokenizer) for c in conversations]
     ends = end_tokens(tokenizer, template)
-    texts = []
+    found = []
     for first in tqdm(range(0, len(starts), batch), desc="answering", unit="batch", leave=False):
-        texts += _batch(model, tokenizer, starts[first : first + batch], ends, decoding)
-    return texts
+        found += _batch(model, tokenizer, starts[first : first + batch], ends, decoding)
+    return found
 
 
-def _batch(model, tokenizer, starts: list[list[int]], ends: set[int], decoding: Decoding) -> list[str]:
+def _batch(model, tokenizer, starts: list[list[int]], ends: set[int], decoding: Decoding) -> list[tuple[str, bool]]:
     written: list[list[int]] = [[] for _ in starts]
     done: set[int] = set()
     for step in tokens(model, starts, decoding):
@@ -161,4 +168,4 @@ def _batch(model, tokenizer, starts: list[list[int]], ends: set[int], decoding: 
                     written[row].append(token)
         if len(done) == len(starts):
             break
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in written]
+    return [(tokenizer.decode(row, skip_special_tokens=True), place in done) for place, row in enumerate(written)]

@@ -74,15 +74,9 @@ def test_the_books_own_held_out_rows_and_exam_are_found_and_its_training_rows_ar
     assert all(forbidden.found_in(shuffled))
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["id,question,A,B,C,D\n0,问,甲,乙,丙,丁\n", "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,丁,E\n", "question\n问\n"],
-)
-def test_a_broken_exam_is_named_by_its_line(tmp_path, text):
-    (tmp_path / "broken.csv").write_text(text, encoding="utf-8")
-    with pytest.raises(
-        InputError, match=r"broken\.csv:2: no question with its right option \(columns .*question.*; write"
-    ):
+def test_a_broken_exam_is_named_by_its_file(tmp_path):
+    (tmp_path / "broken.csv").write_text("id,question,A,B,C,D\n0,问,甲,乙,丙,丁\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"broken\.csv: no column 'answer'"):
         reference([str(tmp_path)])
 
 
