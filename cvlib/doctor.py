@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 
-from cvlib import assets, loading, memory, recipes, shapes
+from cvlib import assets, fitting, loading, recipes, shapes
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -53,7 +53,7 @@ def examine() -> list[Finding]:
         Finding("memory", f"{main_memory() / 1e9:.1f} GB" if main_memory() else "unknown on this system"),
         disk(),
         Finding("running model", *running_model()),
-        *fitting(device, dtype),
+        *budgets(device, dtype),
     ]
 
 
@@ -100,7 +100,7 @@ def main_memory() -> int:
         return 0
 
 
-def fitting(device: str, dtype: str) -> list[Finding]:
+def budgets(device: str, dtype: str) -> list[Finding]:
     """For every shipped recipe, whether it trains in the memory of this device, or what to change."""
     if device == "cuda":
         import torch
@@ -111,7 +111,7 @@ def fitting(device: str, dtype: str) -> list[Finding]:
     found = []
     for name in recipes.names() if room else ():
         recipe = recipes.load(name)
-        fits, line = memory.fits(recipe, shapes.shape_of(recipe.base), room, device, dtype)
+        fits, line = fitting.fits(recipe, shapes.shape_of(recipe.base), room, device, dtype)
         found.append(Finding(f"recipe {name}", line if fits else "does not fit", "" if fits else line))
     return found
 

@@ -13,9 +13,7 @@ so a laptop can say what a 7B model needs on an 11 GB card. GB is 1e9 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from math import ceil
 
 from cvlib.activations import Step, block_saves, workspace
@@ -25,7 +23,6 @@ from cvlib.shapes import SHAPES, Shape, adapter_parameters, weight_bytes
 #: Bytes before the first tensor. CUDA: an allowance for driver and kernels, they differ by card; CPU: Python with torch
 #: and transformers imported, measured.
 CONTEXT = {"cuda": 500_000_000, "cpu": 550_000_000}
-MARGIN = 0.05  # share of the memory that `fits` leaves to the allocator's rounding and fragmentation
 #: The parts as a picture shows them: how their names begin.
 KINDS = {
     "weights of the blocks": ("matrices",),
@@ -80,7 +77,7 @@ def budget(
     step: Step,
     checkpointing: bool = False,
     reentrant: bool = False,
-    optimiser_bits: int = 32,
+    optimizer: str = "adamw",
 ) -> Budget:
     """Bytes of a training step, by part.
 
@@ -88,7 +85,7 @@ def budget(
         checkpointing: keep only each block's input, compute the rest again.
         reentrant: torch's older kind of checkpointing. At 8 bits it decides: bitsandbytes keeps what its int8 matrices
             read where autograd cannot see it, and the newer kind, which only drops what it sees, never frees it.
-        optimiser_bits: AdamW's two moments in 32 bits; in 8, with a float32 absmax per 256; 0 if paged to main memory.
+        optimizer: as in a recipe, see `moments`.
 
     >>> adapter, step = Adapter(targets=["q_proj", "v_proj"]), Step(tokens=1024, labelled=1024, bits=8, dtype="float16")
     >>> for checkpointing in (False, True):
@@ -99,7 +96,6 @@ def budget(
     t, e, layers = step.tokens, step.element, shape.layers
     matrices, others = weight_bytes(shape, step.bits, e)
     trained = adapter_parameters(shape, adapter)
-    moments = {32: 8 * trained, 8: 2 * (trained + 4 * ceil(trained / 256)), 0: 0}[optimiser_bits]
     saves = block_saves(shape, adapter, step)
     block = sum(saves.values())
     whole = (layers - 1) * block + sum(block_saves(shape, adapter, step, first=True).values())
@@ -112,7 +108,7 @@ def budget(
         Part("embeddings, norms, head", others),
         Part("adapters", 4 * trained),
         Part("their gradients", 4 * trained),
-        Part("optimiser", moments),
+        Part("optimiser", moments(shape, adapter, optimizer)),
         Part("rotary tables", 2 * e * t * shape.head_dim),
         Part("inputs of the blocks", checkpointing * (stream + step.packed * t * t)),  # and the mask, one byte each
         Part("inputs of int8 matrices", checkpointing * (not reentrant) * unseen),
@@ -125,6 +121,29 @@ def budget(
         Part("gradients inside a block", workspace(shape, adapter, step), "block"),
     ]
     return Budget(tuple(part for part in parts if part.bytes))
+
+
+def moments(shape: Shape, adapter: Adapter, optimizer: str) -> int:
+    """Bytes of AdamW's two moments on the card.
+
+    * `adamw`: two float32 for every trained weight.
+    * `adamw_8bit`: two bytes, and two float32 absmax for every 256 weights (Dettmers et al. 2021).
+    * `paged_adamw_8bit`: the bytes may leave the card; but bitsandbytes pages no tensor of fewer than 100,000 entries.
+
+    >>> seven = Adapter(r=8, targets=list(SHAPES["llama-7b"].matrices))
+    >>> [round(moments(SHAPES["llama-7b"], seven, kind) / 1e6) for kind in ("adamw", "adamw_8bit", "paged_adamw_8bit")]
+    [160, 41, 41]
+    >>> [round(moments(SHAPES["llama-13b"], seven, kind) / 1e6) for kind in ("adamw", "adamw_8bit", "paged_adamw_8bit")]
+    [250, 64, 37]
+    """
+    tensors = [adapter.r * side for name in adapter.targets for side in shape.matrices[name]]  # of each A and each B
+    if optimizer == "adamw":
+        return shape.layers * 8 * sum(tensors)
+    small = sum(8 * size for size in tensors if size < 4096)  # bitsandbytes keeps these in float32
+    stays = sum(
+        2 * size for size in tensors if size >= 4096 and not (optimizer.startswith("paged") and size >= 100_000)
+    )
+    return shape.layers * (small + stays + sum(8 * ceil(size / 256) for size in tensors if size >= 4096))
 
 
 def serving(
@@ -159,84 +178,7 @@ def of_recipe(recipe: Recipe, shape: Shape, device: str = "cuda", dtype: str = "
     plan, tokens = recipe.schedule, recipe.schedule.micro_rows * recipe.data.max_length
     chosen = dtype if recipe.dtype == "auto" else recipe.dtype
     step = Step(tokens, tokens, plan.micro_rows > 1, recipe.bits, chosen, device)
-    return budget(shape, recipe.adapter, step, plan.gradient_checkpointing)
-
-
-def fits(
-    recipe: Recipe, shape: Shape, available_bytes: int, device: str = "cuda", dtype: str = "float16"
-) -> tuple[bool, str]:
-    """Whether a recipe trains in the memory there is, and one line: how much it needs, or what to change.
-
-    >>> from cvlib import recipes
-    >>> recipe = recipes.load("smollm2-cpu", ["bits=8", "schedule.micro_rows=1"])
-    >>> fits(recipe, SHAPES["llama-13b"], 11_500_000_000)[0]
-    False
-    """
-    room = available_bytes * (1 - MARGIN)
-    needed = of_recipe(recipe, shape, device, dtype)
-    if needed.peak <= room:
-        return True, f"needs {needed.peak / 1e9:.1f} of {available_bytes / 1e9:.1f} GB"
-    largest = f"{needed.largest.name}: {needed.largest.bytes / 1e9:.1f} GB"
-    start = f"needs {needed.peak / 1e9:.1f} GB, {available_bytes / 1e9:.1f} are there ({largest}); "
-    for smaller in _smaller(recipe):
-        peak = of_recipe(smaller, shape, device, dtype).peak
-        if peak <= room:
-            old, new = _settings(recipe), _settings(smaller)
-            changes = " ".join(f"--set {key}={new[key]}" for key in new if new[key] != old[key])
-            return False, f"{start}{peak / 1e9:.1f} GB with {changes}"
-    return False, start + "no setting makes it fit: choose a smaller base"
-
-
-def _smaller(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with cheaper settings, in the order of their price: micro-batch, checkpointing, length, bits."""
-    plan, length = recipe.schedule, recipe.data.max_length
-    options = product(
-        [bits for bits in (16, 8, 4) if bits <= recipe.bits],
-        [length // part for part in (1, 2, 4) if length // part >= min(length, 256)],
-        sorted({plan.gradient_checkpointing, True}),
-        [rows for rows in range(plan.micro_rows, 0, -1) if plan.batch_rows % rows == 0],
-    )
-    for bits, max_length, checkpointing, micro_rows in options:
-        schedule = replace(plan, micro_rows=micro_rows, gradient_checkpointing=checkpointing)
-        yield replace(recipe, bits=bits, data=replace(recipe.data, max_length=max_length), schedule=schedule)
-
-
-def _settings(recipe: Recipe) -> dict[str, str]:
-    """What `_smaller` changes, as the command line spells it."""
-    return {
-        "schedule.micro_rows": str(recipe.schedule.micro_rows),
-        "schedule.gradient_checkpointing": str(recipe.schedule.gradient_checkpointing).lower(),
-        "data.max_length": str(recipe.data.max_length),
-        "bits": str(recipe.bits),
-    }
-
-
-def serves(
-    recipe: Recipe, shape: Shape, tokens: int, available_bytes: int, device: str = "cuda", dtype: str = "float16"
-) -> tuple[bool, str]:
-    """Whether the recipe's base answers one conversation of `tokens` tokens, and one line: its need, or what to change.
-
-    >>> from cvlib import recipes
-    >>> recipe = recipes.load("smollm2-cpu", ["bits=8"])
-    >>> serves(recipe, SHAPES["llama-7b"], 1024, 6_000_000_000)
-    (False, 'needs 8.2 GB, 6.0 are there; 5.1 GB with --set bits=4')
-    """
-    room, chosen = available_bytes * (1 - MARGIN), dtype if recipe.dtype == "auto" else recipe.dtype
-
-    def peak(bits: int, tokens: int) -> int:
-        return serving(shape, bits, tokens, dtype=chosen, device=device).peak
-
-    needed = peak(recipe.bits, tokens)
-    if needed <= room:
-        return True, f"needs {needed / 1e9:.1f} of {available_bytes / 1e9:.1f} GB"
-    start = f"needs {needed / 1e9:.1f} GB, {available_bytes / 1e9:.1f} are there; "
-    for bits in (bits for bits in (8, 4) if bits < recipe.bits):
-        if peak(bits, tokens) <= room:
-            return False, f"{start}{peak(bits, tokens) / 1e9:.1f} GB with --set bits={bits}"
-    longest = int((room - peak(4, 0)) / (peak(4, 1) - peak(4, 0)))  # every token costs the same
-    if longest < 1:
-        return False, start + "no setting makes it fit: choose a smaller base"
-    return False, f"{start}{peak(4, longest) / 1e9:.1f} GB with --set bits=4 --serve {longest}"
+    return budget(shape, recipe.adapter, step, plan.gradient_checkpointing, optimizer=plan.optimizer)
 
 
 def table(budget: Budget) -> list[list]:

@@ -72,7 +72,7 @@ def test_which_recipes_fit(gigabytes, fits, monkeypatch):
     sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": gigabytes * 10**6}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     assert doctor.main_memory() == gigabytes * 10**9
-    found = {item.name: item for item in doctor.fitting("cpu", "bfloat16")}
+    found = {item.name: item for item in doctor.budgets("cpu", "bfloat16")}
     assert {"recipe smollm2-cpu", "recipe smollm2-zh"} <= set(found)
     for item in found.values():
         assert bool(item.mend) != fits
@@ -82,7 +82,7 @@ def test_which_recipes_fit(gigabytes, fits, monkeypatch):
 def test_memory_where_the_system_does_not_say(monkeypatch):
     monkeypatch.delattr(os, "sysconf")
     assert doctor.main_memory() == 0
-    assert doctor.fitting("cpu", "float32") == []
+    assert doctor.budgets("cpu", "float32") == []
 
 
 @pytest.mark.parametrize("free", [1e9, 50e9])

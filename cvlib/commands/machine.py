@@ -83,17 +83,17 @@ def fetch(options: argparse.Namespace) -> None:
 
 def budget(options: argparse.Namespace) -> int:
     """`cvlib memory`: exit code 1 if the recipe does not fit."""
-    from cvlib import memory, recipes, shapes
+    from cvlib import fitting, memory, recipes, shapes
     from cvlib.show import Table
 
     recipe = recipes.load(options.recipe, options.set)
     shape = shapes.shape_of(recipe.base)
     if options.serve:
         needed = memory.serving(shape, recipe.bits, options.serve)
-        fits, verdict = memory.serves(recipe, shape, options.serve, options.card)
+        fits, verdict = fitting.serves(recipe, shape, options.serve, options.card)
     else:
         needed = memory.of_recipe(recipe, shape)
-        fits, verdict = memory.fits(recipe, shape, options.card)
+        fits, verdict = fitting.fits(recipe, shape, options.card)
     data = {"peak": needed.peak, "moment": needed.moment, "card": options.card, "fits": fits, "verdict": verdict}
     parts = [dataclasses.asdict(part) for part in needed.parts]
     table = Table(
