@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from cvlib import InputError, __version__
-from cvlib.commands import Parser, chat, data, evaluate, export, machine, train, vocab
+from cvlib.commands import Parser, chat, data, evaluate, export, machine, serve, train, vocab
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def parser() -> Parser:
     top = Parser(prog="cvlib", description="The package behind the book Teach a Llama Chinese.")
     top.add_argument("--version", action="version", version=__version__)
     group = top.add_subparsers(required=True, metavar="COMMAND")
-    for subject in (machine, vocab, data, train, evaluate, export, chat):
+    for subject in (machine, vocab, data, train, evaluate, export, chat, serve):
         subject.register(group)
     return top
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
@@ -142,20 +143,19 @@ def read_tokenizer(path: str | Path, facts: dict):
         smollm = facts.get("tokenizer.ggml.pre") == "smollm"
         return loading.mend_tokenizer(**source) if smollm else AutoTokenizer.from_pretrained(**source)
     rules = Tokenizer.from_str(facts[TOKENIZER])
-    numbers = {name: facts.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    numbers |= {
-        "pad": facts.get("tokenizer.ggml.padding_token_id"),
-        "unk": facts.get("tokenizer.ggml.unknown_token_id"),
-    }
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # theirs: ours
+    numbers = {ours: facts.get(f"tokenizer.ggml.{theirs}_token_id") for theirs, ours in names.items()}
     marks = {f"{name}_token": rules.id_to_token(number) for name, number in numbers.items() if number is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=rules, chat_template=facts["tokenizer.chat_template"], **marks)
+    return PreTrainedTokenizerFast(tokenizer_object=rules, chat_template=facts.get("tokenizer.chat_template"), **marks)
 
 
 def recognised(tokenizer, path: str | Path) -> str:
     """The template of ours that writes what the tokenizer's own chat template writes, to the letter."""
+    from jinja2 import TemplateError
+
     talk = [Message("user", "你好"), Message("assistant", "Hello."), Message("user", "1 + 1?")]
     rows = [turn.row() for turn in talk]
-    if tokenizer.chat_template:
+    with suppress(TemplateError, ValueError):  # one that is broken, or that refuses this talk, or none at all
         text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
         for name in TEMPLATES:
             if text == "".join(segment.text for segment in prompt(talk, name, tokenizer.eos_token)):

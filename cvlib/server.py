@@ -86,7 +86,8 @@ def read_facts(path: str | Path) -> dict:
         with open(path, "rb") as file:
             return dict(_facts(file))
     except (OSError, struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError) as error:
-        raise InputError(f"{path}: no GGUF file to read ({error}); write one with `cvlib export --to gguf`") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: no GGUF file to read ({reason}); write one with `cvlib export --to gguf`") from None
 
 
 def _facts(file) -> Iterator[tuple[str, object]]:
