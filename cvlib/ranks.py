@@ -18,6 +18,7 @@ from cvlib.pieces import read_bytes
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN36 = QWEN.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(r"\s\p{L}", r"\s\p{L}\p{M}")  # accents count as letters
 
 
 @dataclass
