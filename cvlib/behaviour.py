@@ -22,7 +22,7 @@ import torch
 
 from cvlib import sampling
 from cvlib.batching import prompt_ids
-from cvlib.evaluation import Score, is_han
+from cvlib.evaluation import Score, han_share, is_han
 from cvlib.messages import Conversation
 from cvlib.recipes import Decoding
 from cvlib.templates import prompt
@@ -71,6 +71,13 @@ def describe(answer: str, stopped: bool) -> dict:
     """The three numbers of one answer, with its length in units."""
     numbers = {"units": len(units(answer)), "loop": longest_loop(answer), "distinct_2": distinct(answer)}
     return numbers | {"never_stopped": not stopped}
+
+
+def summary(answers: Sequence[tuple[str, bool]]) -> dict:
+    """Means over answers as `generation.ended` gives them, and the share of their letters that are Chinese."""
+    numbers = [describe(text, stopped) for text, stopped in answers]
+    means = {key: sum(one[key] for one in numbers) / len(numbers) for key in numbers[0]}
+    return {"answers": len(numbers), "han_share": han_share([text for text, _ in answers])} | means
 
 
 @torch.no_grad()

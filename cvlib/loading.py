@@ -70,7 +70,22 @@ def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | N
             f"{base}: could not be loaded ({reason}); name a model with its tokenizer, and check the network"
         ) from None
     keep_trainable(model)
+    if adapter:
+        fits(tokenizer, model, adapter)
     return (attach(model, adapter, base) if adapter else model), tokenizer
+
+
+def fits(tokenizer, model, adapter: str | Path) -> None:
+    """Refuse a tokenizer that is not the one an adapter was trained with, as far as its number of pieces shows it."""
+    from cvlib import embeddings
+
+    brought, rows = embeddings.rows_of(adapter), model.get_input_embeddings().weight.shape[0]
+    pieces, most = len(tokenizer), max(brought, rows)
+    if not brought <= pieces <= most:
+        raise InputError(
+            f"{adapter}: trained with a tokenizer of {brought or most:,} pieces, but the one here has {pieces:,}; "
+            "put back the tokenizer files it was saved with"
+        )
 
 
 def quantization(bits: int, compute):

@@ -46,13 +46,13 @@ def test_evaluate(trained, rows_file, run):
     folder, _ = trained
     code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3, "--answers", 2, "--json")
     assert code == 0
-    (found,) = json.loads(out)
+    (found,) = json.loads(out)["sets"]
     assert found["file"] == str(rows_file)
     assert found["rows"] == 3
     assert found["low"] <= found["bits_per_byte"] <= found["high"]
     assert 0 <= found["han_share"] <= 1
     code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3)
-    assert f"{rows_file}: {found['bits_per_byte']:.3f} bits per byte" in out
+    assert re.search(rf"{rows_file} +3 +{found['bits_per_byte']:.3f} \[", out)
 
 
 def test_chat(trained, run, monkeypatch):
@@ -60,7 +60,7 @@ def test_chat(trained, run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("你好\n/exit\n"))
     code, out, err = run("chat", "--adapter", folder, "--set", "max_new_tokens=3", "--json")
     assert code == 0
-    turns = json.loads(out)  # the prompt and the transcript went to standard error
+    turns = json.loads(out)["messages"]  # the prompt and the transcript went to standard error
     assert [turn["role"] for turn in turns] in (["user", "assistant"], [])  # a random model may say nothing at all
     assert "/help" in err
     assert "> " in err

@@ -1,4 +1,4 @@
-"""`cvlib evaluate`: a model's scores on held-out rows."""
+"""`cvlib evaluate`: a model's scores on held-out rows, on plain text and in an exam."""
 
 from __future__ import annotations
 
@@ -6,48 +6,95 @@ import argparse
 from pathlib import Path
 
 from cvlib import InputError
-from cvlib.commands import command, natural, say
+from cvlib.commands import command, natural, positive, say
 from cvlib.commands.choosing import chosen, model_options
 
 
 def register(group) -> None:
     """Add this command to the command line."""
-    scoring = command(group, "evaluate", evaluate, "bits per byte and answer language on held-out rows")
+    about = "bits per byte on held-out rows and plain text, answers and their language, marks in an exam"
+    scoring = command(group, "evaluate", evaluate, about)
     model_options(scoring)
-    scoring.add_argument(
-        "--rows", nargs="+", type=Path, metavar="FILE", help="row files; their held-out split is scored"
-    )
-    scoring.add_argument("--limit", type=natural, help="score at most so many rows of each file")
+    files = {"nargs": "+", "type": Path, "metavar": "FILE", "default": []}
+    scoring.add_argument("--rows", **files, help="row files; their held-out split is scored")
+    scoring.add_argument("--text", **files, help="plain text files, scored whole")
     scoring.add_argument("--answers", type=natural, default=0, metavar="N", help="also answer N questions of each file")
+    scoring.add_argument("--exam", type=Path, metavar="DIR", help="an exam folder as C-Eval or CMMLU publish it")
+    scoring.add_argument("--shots", type=natural, default=5, help="worked examples before each exam question")
+    scoring.add_argument("--scoring", default="letter", help="how the exam's answer is found; see cvlib.exams")
+    scoring.add_argument("--chat", action="store_true", help="ask the exam through the model's chat template")
+    scoring.add_argument("--batch", type=positive, default=16, help="exam prompts read at once")
+    scoring.add_argument("--limit", type=natural, help="at most so many rows, passages or questions of each file")
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """`cvlib evaluate`"""
-    from cvlib import messages
+    from cvlib import exams, loading, questions
+
+    held_out, passages = inputs(options)
+    subjects = questions.read(options.exam, options.shots, options.limit) if options.exam else []
+    # equal letters are a matter of rounding: on a processor there is room for all digits
+    exact = ["dtype=float32"] if subjects and loading.device_and_dtype()[0] == "cpu" else []
+    recipe, model, tokenizer = chosen(options, exact)
+    sets = scores(options, recipe, model, tokenizer, held_out, passages)
+    found, tables = {"sets": sets}, [table(sets)] if sets else []
+    if subjects:
+        template = recipe.template if options.chat else ""
+        marks = exams.sit(model, tokenizer, subjects, options.scoring, template, options.batch)
+        found["exam"] = exams.report(marks, options.scoring, options.shots)
+        tables.append(exams.report_table(found["exam"]))
+    say(options, found, "\n\n".join(map(str, tables)))
+
+
+def inputs(options: argparse.Namespace) -> tuple[dict, dict]:
+    """Everything that is to be scored, read before a model is loaded: rows and passages by file."""
+    from cvlib import evaluation, messages
+    from cvlib.pieces import read_text
     from cvlib.training import locate
 
-    files = options.rows or ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
+    asked = options.rows or options.text or options.exam
+    files = options.rows if asked else ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
     held_out = {str(file): messages.split(messages.read(locate(file)))[1][: options.limit] for file in files}
-    for file, rows in held_out.items():
-        if not rows:
+    passages = {str(file): evaluation.passages(read_text(file))[: options.limit] for file in options.text}
+    for file, found in [*held_out.items(), *passages.items()]:
+        if not found:
             raise InputError(f"{file}: no row is held out to be scored; add rows or raise --limit")
-    recipe, model, tokenizer = chosen(options)
-    from cvlib import evaluation, generation
+    return held_out, passages
 
-    results = []
-    for file, rows in held_out.items():
-        found = evaluation.score(model, tokenizer, rows, recipe.template)
+
+def scores(options: argparse.Namespace, recipe, model, tokenizer, held_out: dict, passages: dict) -> list[dict]:
+    """Bits per byte of each set with its interval, and what its answers are like."""
+    from cvlib import behaviour, evaluation, generation
+
+    sets = []
+    for file, parts in [*held_out.items(), *passages.items()]:
+        if file in passages:
+            found = evaluation.score_text(model, tokenizer, parts)
+        else:
+            found = evaluation.score(model, tokenizer, parts, recipe.template)
         low, high = found.interval()
-        row = {"file": file, "rows": len(rows), "bits_per_byte": found.bits_per_byte, "low": low, "high": high}
-        if options.answers:
-            questions = [conversation[:-1] for conversation in rows[: options.answers]]
-            said = generation.answers(model, tokenizer, questions, recipe.template, recipe.decoding)
-            row["han_share"] = evaluation.han_share(said)
-        results.append(row)
-    lines = [
-        f"{row['file']}: {row['bits_per_byte']:.3f} bits per byte "
-        f"[{row['low']:.3f}, {row['high']:.3f}], {row['rows']} rows"
-        + (f", {row['han_share']:.0%} of the answers' letters are Chinese" if options.answers else "")
-        for row in results
-    ]
-    say(options, results, "\n".join(lines))
+        about = {"file": file, "rows": len(parts), "bits_per_byte": found.bits_per_byte, "low": low, "high": high}
+        if options.answers and file in held_out:
+            asked = [conversation[:-1] for conversation in parts[: options.answers]]
+            ended = generation.ended(model, tokenizer, asked, recipe.template, recipe.decoding)
+            about |= behaviour.summary(ended)
+        sets.append(about)
+    return sets
+
+
+def table(sets: list[dict]):
+    """The scores as a table; columns about answers only where there are any."""
+    from cvlib.show import Table
+
+    extra = {
+        "han_share": "Chinese letters",
+        "distinct_2": "distinct-2",
+        "loop": "longest loop",
+        "never_stopped": "endless",
+    }
+    extra = {key: name for key, name in extra.items() if any(key in one for one in sets)}
+    rows = []
+    for one in sets:
+        bits = f"{one['bits_per_byte']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        rows.append([one["file"], one["rows"], bits, *(f"{one[key]:.2f}" if key in one else "" for key in extra)])
+    return Table(["set", "rows", "bits per byte [95 %]", *extra.values()], rows)
