@@ -1,28 +1,42 @@
-"""`cvlib chat`: a conversation with a model."""
+"""`cvlib chat`: a conversation with a model, in the terminal or in a browser."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
+from cvlib import InputError
 from cvlib.commands import command, say
-from cvlib.commands.choosing import chosen, model_options, setting_option
+from cvlib.commands.choosing import engine, model_options, setting_option
 
 
 def register(group) -> None:
     """Add this command to the command line."""
-    talking = command(group, "chat", chat, "talk to a model in the terminal")
+    talking = command(group, "chat", chat, "talk to a model, or to a GGUF file, in the terminal or in a browser")
     model_options(talking)
+    talking.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
+    talking.add_argument("--web", action="store_true", help="a chat page, for browsers on this machine only")
     setting_option(talking, "decoding, such as temperature=0")
 
 
 def chat(options: argparse.Namespace) -> None:
     """`cvlib chat`"""
-    recipe, model, tokenizer = chosen(options, [f"decoding.{item}" for item in options.set])
+    if options.web and options.json:
+        raise InputError("--web and --json do not go together; the page has a button for the transcript")
+    answering, decoding = engine(options, [f"decoding.{item}" for item in options.set])
+    if options.web:
+        from cvlib import web
+
+        web.serve(web.columns(answering, options.adapter), decoding, options.system)
+        return
     from cvlib.chat import Chat, terminal
 
-    talk = Chat(model, tokenizer, recipe.template, recipe.decoding)
+    talk = Chat(answering, decoding, options.system.strip())
     stream = sys.stderr if options.json else sys.stdout  # the transcript is alone on standard output
+    for each, errors in ((sys.stdin, "surrogateescape"), (stream, "replace")):
+        if isinstance(each, io.TextIOWrapper):
+            each.reconfigure(errors=errors)  # a broken byte is said, not a traceback
 
     def write(text: str) -> None:
         print(text, end="", flush=True, file=stream)
@@ -31,6 +45,17 @@ def chat(options: argparse.Namespace) -> None:
         write(prompt)  # input() itself would write it to standard output
         return input()
 
+    if sys.stdin.isatty():
+        edit_lines()
     terminal(talk, write, ask if options.json else input)
     if options.json:
-        say(options, [turn.row() for turn in talk.history], "")
+        say(options, talk.row(), "")
+
+
+def edit_lines() -> None:
+    """Arrow keys and earlier lines at the prompt, and pastes of several lines as one; not on every system."""
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cvlib import InputError
+
 
 def setting_option(command: argparse.ArgumentParser, about: str) -> None:
     """`--set KEY=VALUE`, as often as wanted."""
@@ -32,3 +34,16 @@ def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] =
     base, bits = options.model or recipe.base, options.bits or recipe.bits
     model, tokenizer = loading.load(base, bits, recipe.dtype, options.adapter)
     return recipe, model, tokenizer
+
+
+def engine(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
+    """What answers, and its decoding: llama.cpp for a GGUF file, transformers for everything else."""
+    from cvlib import engines, recipes
+
+    if not str(options.model).endswith(".gguf"):
+        recipe, model, tokenizer = chosen(options, overrides)
+        return engines.Transformers(model, tokenizer, recipe.template), recipe.decoding
+    if options.adapter or options.bits:
+        raise InputError(f"{options.model}: a GGUF file is whole; leave --adapter and --bits out, or `cvlib export` it")
+    decoding = recipes.load("smollm2-cpu", overrides).decoding
+    return engines.LlamaCpp(options.model), decoding
