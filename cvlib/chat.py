@@ -124,16 +124,15 @@ def terminal(chat: Chat, write: Callable[[str], None], read: Callable[[str], str
     while True:
         try:
             line = read("\n> ").strip()
+            if line == "/exit":
+                return
+            if line:
+                show(chat, command(chat, line) if line.startswith("/") else chat.reply(line), write)
         except KeyboardInterrupt:
             write("\n[/exit or Ctrl-D leaves]\n")
-            continue
         except EOFError:
             write("\n")
             return
-        if line == "/exit":
-            return
-        if line:
-            show(chat, command(chat, line) if line.startswith("/") else chat.reply(line), write)
 
 
 def show(chat: Chat, pieces: Iterator[str], write: Callable[[str], None]) -> None:

@@ -23,6 +23,9 @@ from cvlib.recipes import Decoding
 from cvlib.sampling import probabilities
 from cvlib.templates import find, prompt
 
+#: What a decoder writes where bytes are no character: not one, or not yet.
+TORN = "\N{REPLACEMENT CHARACTER}"
+
 
 @torch.no_grad()
 def tokens(model, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[int]]:
@@ -62,18 +65,19 @@ def tokens(model, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Itera
 def spell(stream: Iterator[int], tokenizer) -> Iterator[str]:
     """Text of a stream of tokens; a character is shown once all its bytes are there.
 
-    A piece is decoded together with the one before it: SentencePiece drops the space in front of a text.
+    A piece is decoded together with the one before it: SentencePiece drops the space in front of a text. When the
+    stream ends inside a character, the half of it is left out.
     """
     before: list[int] = []
     waiting: list[int] = []
     for token in stream:
         waiting.append(token)
         text = _after(before, waiting, tokenizer)
-        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if text and not text.endswith(TORN):
             yield text
             before, waiting = waiting, []
-    if waiting:
-        yield _after(before, waiting, tokenizer)
+    if rest := _after(before, waiting, tokenizer).rstrip(TORN):
+        yield rest
 
 
 def _after(before: list[int], waiting: list[int], tokenizer) -> str:

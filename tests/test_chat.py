@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvlib import InputError, batching, messages
+from cvlib import InputError, batching, engines, messages
 from cvlib.chat import HELP, Chat, fit, terminal
 from cvlib.engines import Engine, Transformers
 from cvlib.messages import Message
@@ -319,16 +319,21 @@ def test_broken_bytes_from_a_file_are_one_line(tiny, run, monkeypatch):
     assert json.loads(out) == {"messages": []}
 
 
-def test_a_gguf_file_answers_too(tiny, tmp_path, run, refused, monkeypatch):
-    file = tmp_path / "tiny.gguf"
-    assert run("export", tiny, "--to", "gguf", "-o", file)[0] == 0
+def test_a_gguf_file_goes_to_llama_cpp(tokenizer, tmp_path, run, refused, monkeypatch):
+    opened = []
+    monkeypatch.setattr(engines, "LlamaCpp", lambda path: opened.append(path) or Script(tokenizer))
     monkeypatch.setattr("sys.stdin", io.StringIO("你好\n/exit\n"))
-    code, out, _ = run("chat", file, "--system", "你是老师。", "--set", "max_new_tokens=3", "--json")
+    file = tmp_path / "zh.gguf"
+    code, out, _ = run("chat", file, "--system", " 你是老师。 ", "--set", "max_new_tokens=20", "--json")
     assert code == 0
-    assert json.loads(out)["messages"][0] == {"role": "system", "content": "你是老师。"}
+    assert opened == [str(file)]
+    assert [turn["content"] for turn in json.loads(out)["messages"]] == ["你是老师。", "你好", "回答"]
     refused(["chat", file, "--bits", "8"], "a GGUF file is whole", "leave --adapter and --bits out")
-    refused(["chat", tmp_path / "none.gguf"], "none.gguf")
     refused(["chat", "--web", "--json"], "--web and --json do not go together")
+
+
+def test_a_missing_gguf_file_is_one_line(refused, tmp_path):
+    refused(["chat", tmp_path / "none.gguf"], "none.gguf")
 
 
 def test_in_a_real_terminal(tiny):

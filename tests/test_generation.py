@@ -261,8 +261,15 @@ def test_any_text_comes_out_whole(tokenizer, text):
 @given(st.lists(st.integers(17, 49_151), max_size=24))
 @settings(deadline=None, max_examples=200)
 def test_any_tokens_come_out_as_their_decoding(tokenizer, ids):
-    """Also where a model breaks off inside a character: the torn bytes show as the decoder shows them."""
-    assert "".join(spell(iter(ids), tokenizer)) == tokenizer.decode(ids)
+    """Bytes that are no character show as the decoder shows them, except those of a character broken off at the end."""
+    assert "".join(spell(iter(ids), tokenizer)) == tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+@pytest.mark.parametrize("text", ["好龘", "👍🏽"])
+def test_a_character_cut_by_the_limit_is_left_out(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False).input_ids[:-1]
+    assert tokenizer.decode(ids).endswith("\N{REPLACEMENT CHARACTER}")
+    assert "".join(spell(iter(ids), tokenizer)) == text[:1]
 
 
 def test_a_character_of_three_tokens_appears_at_once(tokenizer):
