@@ -93,9 +93,9 @@ class LlamaCpp(Engine):
         self.template = recognised(self.tokenizer, path) if template is None else template
         self.context = context or min(facts[f"{facts['general.architecture']}.context_length"], LONGEST)
         find(self.template)
-        self._key = secrets.token_urlsafe(24)
-        self._server = server.launch(path, self._key, context=self.context, threads=threads)
-        with server.connected(self._server, self._key) as ask:
+        self.key = secrets.token_urlsafe(24)
+        self.server = server.launch(path, self.key, context=self.context, threads=threads)
+        with server.connected(self.server, self.key) as ask:
             cut = ask("/tokenize", content=PROBE, add_special=True)["tokens"]
         if cut != self.tokenizer(PROBE).input_ids:
             raise InputError(f"{path}: its tokenizer cannot be rebuilt exactly; export the model with `cvlib export`")
@@ -125,7 +125,7 @@ class LlamaCpp(Engine):
         }
         draws, ids = random.Random(decoding.seed), list(start)
         spared = 0 if decoding.penalise == "all" else len(start)
-        with server.connected(self._server, self._key) as ask:
+        with server.connected(self.server, self.key) as ask:
             for _ in range(min(decoding.max_new_tokens, self.context - len(start))):
                 choice = {"seed": draws.getrandbits(31), "repeat_last_n": len(ids) - spared}
                 (token,) = ask("/completion", prompt=ids, **choice, **settings)["tokens"]

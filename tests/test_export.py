@@ -20,7 +20,19 @@ from test_loading import TEXTS, refused
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cvlib import ROOT, assets, embeddings, evaluation, export, extension, loading, messages, recipes, vocabulary
+from cvlib import (
+    ROOT,
+    adapters,
+    assets,
+    embeddings,
+    evaluation,
+    export,
+    extension,
+    loading,
+    messages,
+    recipes,
+    vocabulary,
+)
 from cvlib.batching import prompt_ids
 from cvlib.export import llama_cpp, merging, words
 from cvlib.generation import tokens
@@ -385,6 +397,35 @@ def test_llama_cpp_cuts_as_transformers_does(kind, pairs, tmp_path):
     folder = wearing(files, tmp_path / "model")
     tokenizer = loading.read_tokenizer(str(folder))
     same_words(llama_cpp_server(written(folder, tmp_path)), tokenizer, [*TEXTS, pairs.read_text("utf-8")[:3000]])
+
+
+def test_an_adapter_with_new_rows_becomes_one_file_with_a_grown_vocabulary(tiny, pairs, tmp_path):
+    """Continued BPE → rows and LoRA → merged folder → GGUF: llama.cpp cuts and answers with the new pieces."""
+    extension.extend(tiny, [pairs], tmp_path / "grown", 60)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    new = embeddings.grow(model, embeddings.spelt(tmp_path / "grown", tiny), "random")
+    model = adapters.add_adapter(model, recipes.Adapter(r=4, alpha=8, targets=["q_proj"]), str(tiny), new=new)
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        torch.nn.init.normal_(weight, std=0.3)
+    loading.quiet(model.save_pretrained, tmp_path / "adapter", save_embedding_layers=False)
+    for file in (tmp_path / "grown").iterdir():
+        shutil.copy(file, tmp_path / "adapter")
+    wanted = answers(model)
+
+    export.merge(str(tiny), [tmp_path / "adapter"], tmp_path / "merged", dtype="float32")
+    assert torch.allclose(reading(tmp_path / "merged"), wanted, atol=1e-4)
+    merged, tokenizer = loading.load(str(tmp_path / "merged"), dtype="float32", device="cpu")
+    assert merged.get_input_embeddings().weight.shape[0] == len(tokenizer) == len(new) + new.start
+    path = written(tmp_path / "merged", tmp_path)
+    export.fill(merged, path)
+    ask = llama_cpp_server(path)
+    same_words(ask, tokenizer, [*TEXTS, pairs.read_text("utf-8")[:1000]])
+    prompts = [tokenizer("我们中国人 how are you").input_ids, tokenizer("他们喜欢").input_ids]
+    assert any(token in new for start in prompts for token in start)
+    for ours, theirs in greedy(ask, merged, prompts, 16):
+        assert ours == theirs
+        assert ours
 
 
 def test_what_the_file_says_of_the_vocabulary(tiny, tmp_path):

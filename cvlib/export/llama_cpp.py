@@ -100,7 +100,8 @@ def gguf(folder: str | Path, out: str | Path, quant: str = "f16", force: bool = 
         writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.bytes, raw_dtype=tensor.kind)
     size = sum(tensor.bytes for tensor in tensors)
     require_space(out, size)
-    with written(out) as part, closing(writer), tqdm(total=size, desc=out.name, unit="B", unit_scale=True) as bar:
+    scaled = {"unit_scale": True, "leave": False}
+    with written(out) as part, closing(writer), tqdm(total=size, desc=out.name, unit="B", **scaled) as bar:
         writer.write_header_to_file(part)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
