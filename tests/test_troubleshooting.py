@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cvlib import ROOT, InputError, loading, recipes, shapes
+from cvlib import ROOT, InputError, assets, loading, recipes, shapes
 from cvlib.messages import read
 
 PAGE = ROOT / "book/troubleshooting.md"
@@ -80,3 +80,9 @@ def test_twenty_one_traps_each_with_a_chapter_and_a_test_that_exists():
         names = re.findall(r"def test_(\w+)", source)
         best = max(len(set(words) & set(name.split("_"))) for name in names)
         assert best >= 2, f"trap {number}: no test of {file} is about {claim!r}"
+
+
+def test_the_classroom_list_of_setup_names_every_asset_that_is_in_a_package():
+    page = (ROOT / "book/setup.md").read_text(encoding="utf-8")
+    listed = re.search(r"\ncvlib assets (smollm2-135m(?: \\\n|[^\n])+)", page)[1].replace("\\\n", " ").split()
+    assert listed == [asset.name for asset in assets.ASSETS.values() if asset.package]
