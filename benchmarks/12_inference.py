@@ -22,7 +22,7 @@ import study
 import torch
 from safetensors import safe_open
 
-from cvlib import ROOT, assets, evaluation, export, loading, messages
+from cvlib import ROOT, assets, evaluation, export, loading, messages, shapes
 from cvlib import quantization as q
 
 NAME, BASE, ADAPTER = "12-inference", "smollm2-135m", ROOT / "data_samples" / "adapters" / "smollm2-zh"
@@ -43,7 +43,7 @@ def stored_as(arm, merged):
     """The merged model with its numbers as the format holds them, its tokenizer, and the bytes the format takes."""
     if arm in CODES:
         model, tokenizer = loading.load(str(merged), bits=CODES[arm], dtype="float32", device="cpu")
-        return model, tokenizer, model.get_memory_footprint()
+        return model, tokenizer, served_bytes(arm)
     model, tokenizer = loading.load(str(merged), dtype="float32", device="cpu")
     if arm in PACKED:
         with tempfile.TemporaryDirectory() as folder:
@@ -54,6 +54,13 @@ def stored_as(arm, merged):
         for weight in model.parameters():
             weight.copy_(weight.to(PLAIN[arm]))
     return model, tokenizer, sum(weight.numel() for weight in model.parameters()) * PLAIN[arm].itemsize
+
+
+def served_bytes(arm):
+    """Bytes of int8's or NF4's codes and scales, with embeddings, norms and head in 16 bits as they are served."""
+    shape = shapes.SHAPES[BASE]
+    matrices, rest = shapes.weight_bytes(shape, CODES[arm])
+    return matrices + rest
 
 
 def bits_per_byte(arm, merged, texts):

@@ -14,14 +14,12 @@ import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 
 import study
 import torch
 
-from cvlib import engines, export, generation, loading, server
-from cvlib import quantization as q
+from cvlib import engines, export, generation, loading, server, shapes
 from cvlib.export import llama_cpp
 from cvlib.recipes import Decoding
 
@@ -44,14 +42,12 @@ def bandwidth():
 
 def bytes_per_token(folder):
     """What each format reads for a token: all weights once, and the keys and values of the tokens before it."""
-    tensors, config = llama_cpp.plan(folder, "f16")
-    inside = sum(prod(tensor.shape) for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2)
-    outside = sum(prod(tensor.shape) for tensor in tensors) - inside  # embeddings are the head, too: read whole
-    bits = {"float32": 32, "bfloat16": 16, "int8": 8, "NF4": q.bits_per_parameter(4, 64, double=True)}
-    weights = {kind: inside * bits[kind] / 8 + outside * (4 if kind == "float32" else 2) for kind in FORMATS}
+    config, shape = llama_cpp.plan(folder, "f16")[1], shapes.SHAPES[BASE]  # the embeddings are the head, too
+    element = {kind: 4 if dtype == "float32" else 2 for kind, (_, dtype) in FORMATS.items()}
+    weights = {kind: sum(shapes.weight_bytes(shape, bits, element[kind])) for kind, (bits, _) in FORMATS.items()}
     weights |= {quant: sum(tensor.bytes for tensor in llama_cpp.plan(folder, quant)[0]) for quant in QUANTS}
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (PROMPT + ANSWER // 2)
-    return {kind: round(size + cached * (4 if kind == "float32" else 2)) for kind, size in weights.items()}
+    return {kind: size + cached * element.get(kind, 2) for kind, size in weights.items()}
 
 
 def in_transformers(model, start):
