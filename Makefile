@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: book html notebooks test check unit lint lab studies bench clean help
+.PHONY: book html slides pdf repo links notebooks test check unit lint lab studies bench clean help
 
 help:            ## this list
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -13,6 +13,18 @@ book: $(READY)   ## run every notebook and build the book into _build/html
 
 html: $(READY)   ## build the book from the stored outputs, in under a minute
 	$(BIN)/python book/build.py html
+
+slides: $(READY) ## a lecture's slides from each chapter, into _build/slides (needs npm)
+	$(BIN)/python book/slides.py
+
+pdf: $(READY)    ## the whole book as one PDF, into _build/pdf (needs Chromium)
+	$(BIN)/python book/pdf.py
+
+repo: $(READY)   ## give the book another address: make repo URL=https://github.com/you/your-fork
+	$(BIN)/python book/repository.py $(URL)
+
+links: $(READY)  ## check every link that leaves the book (needs the network)
+	$(BIN)/jupyter-book build . --builder linkcheck --path-output _build/links
 
 notebooks: $(READY)  ## run the notebooks in place and store their outputs (ONLY=06 for one)
 	$(BIN)/python book/build.py notebooks $(ONLY)

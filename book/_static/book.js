@@ -1,0 +1,21 @@
+// A control is called what it shows: voice control and screen readers read the name, people read the text.
+document.addEventListener("DOMContentLoaded", () => {
+  const named = document.querySelectorAll(".search-button__button, details > summary[aria-label]");
+  for (const control of named) control.removeAttribute("aria-label");
+});
+
+// The index holds words of Chinese, as jieba cuts them. A query is written without spaces: cut it into the longest words
+// that the index knows. Sphinx's own splitQuery steps back when there is one already.
+var splitQuery = (query) => (query.match(/\p{Script=Han}+|[^\P{L}\p{Script=Han}]+[\p{N}_]*|[\p{N}_]+/gu) || []).flatMap(known);
+
+function known(run) {
+  if (!/\p{Script=Han}/u.test(run)) return [run];
+  const words = [], holds = (word) => word in Search._index.terms || word in Search._index.titleterms;
+  for (let start = 0; start < run.length; ) {
+    let end = run.length;
+    while (end > start + 1 && !holds(run.slice(start, end))) end--;
+    if (end > start + 1) words.push(run.slice(start, end));
+    start = end;
+  }
+  return words.length ? words : [run];
+}
