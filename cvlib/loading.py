@@ -102,6 +102,8 @@ def quantization(bits: int, compute):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            # spread over several cards, all weights must look alike: four codes then sit in one 16-bit number
+            **({"bnb_4bit_quant_storage": compute} if os.environ.get("ACCELERATE_USE_FSDP") == "true" else {}),
         )
     raise InputError(f"bits is {bits}; choose 16, 8 or 4")
 

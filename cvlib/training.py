@@ -1,12 +1,8 @@
 """Recipe in, adapter folder out.
 
 `transformers.Trainer` runs the loop: order, schedule, accumulation, several processes. We add what decides
-the result: the loss (`evaluation.token_losses`, over answers only), float32 adapters over frozen weights of any
-precision, and three guards that turn a silent failure into a stop:
-
-* a trainable parameter without a gradient (traps 14 and 21: the loss prints, nothing learns),
-* a loss that is not finite (trap 9),
-* an adapter whose B is all zero, which would be saved and change nothing (trap 7).
+the result: the loss (`evaluation.token_losses`, over answers and plain text), float32 adapters over frozen weights of
+any precision, the guards of `callbacks` that turn a silent failure into a stop, and `checkpoints` to go on from.
 
 A run folder holds the adapter (`adapter_config.json`, `adapter_model.safetensors`), the recipe it was made with
 (`recipe.yaml`, read again by chat and evaluation) and `metrics.jsonl`, one line per optimiser step.
@@ -14,22 +10,17 @@ A run folder holds the adapter (`adapter_config.json`, `adapter_model.safetensor
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from cvlib import ROOT, InputError, loading, sources, texts, vocabulary
+from cvlib import ROOT, InputError, checkpoints, loading, sources, texts, vocabulary
 from cvlib.adapters import add_adapter, continue_adapter, grow, two_rates
 from cvlib.batching import Example, blocks, encode, flatten
+from cvlib.callbacks import Guard, Keeper, Steps
 from cvlib.evaluation import token_losses
 from cvlib.messages import Conversation, read, split
 from cvlib.recipes import Recipe
@@ -57,58 +48,95 @@ class Run:
         return (self.folder / "adapter_model.safetensors").stat().st_size
 
 
-def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None = None) -> Run:
+def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None = None, resume: bool = False) -> Run:
     """Train an adapter as the recipe says and write it to the folder `out`.
 
     Args:
         recipe: what to train on what, and how.
-        out: the run's folder; it must not exist yet, and appears only when the run is complete.
+        out: the run's folder; it must not exist yet, and appears only when the run is complete (see `checkpoints`).
         loaded: a `(model, tokenizer)` pair from `loading.load`, to save loading it again.
         init: an adapter to start from, as from a general one to a domain's. Its weights are taken over and nothing
             else: steps, learning rate and order begin anew. (Resuming would bring the old plan along, trap 11.)
+        resume: go on with the interrupted run `out`, exactly as if it had not been.
 
     Raises:
         InputError: an existing folder, rows that cannot be used, or a run that would not learn.
+        KeyboardInterrupt: Ctrl-C; what was learnt is saved, and the message says how to go on.
     """
-    out = Path(out)
-    if out.exists():
-        raise InputError(f"{out}: exists already; name another folder or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_machine(recipe)
+    out, last = checkpoints.finished(out), None
+    device = join(recipe)
+    if resume:
+        last = checkpoints.reopen(out, recipe)
+    elif init:
+        checkpoints.refuse_unfinished(init)
+    if not resume and checkpoints.is_first():
+        checkpoints.refuse_taken(out)
     set_seed(recipe.schedule.seed)
-    model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype)
+    model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype, device=device)
+    init = last or init
     own = grown_tokenizer(recipe, init)
     tokenizer = loading.read_tokenizer(own) if own else tokenizer
     examples = training_examples(recipe, tokenizer)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    checkpointing = recipe.schedule.gradient_checkpointing
-    steps = Steps(part / "metrics.jsonl")
+    model = trainable(model, recipe, init)
+    about = {"data": checkpoints.fingerprint(examples), "processes": checkpoints.processes()}
+    if resume:
+        checkpoints.refuse_changed(out, about)
+    settings = arguments(recipe, checkpoints.unfinished(out), model)
+    if checkpoints.is_first() and not resume:
+        checkpoints.begin(out, recipe, about)
+    checkpoints.wait()
     try:
-        if init:
-            model = continue_adapter(model, init, recipe.adapter, recipe.base, checkpointing)
-        else:
-            model = add_adapter(model, recipe.adapter, recipe.base, checkpointing, grow(model, recipe))
-        started = time.perf_counter()
+        steps, gathered = learn(model, tokenizer if own else None, examples, recipe, settings, last)
+        if checkpoints.is_first():
+            save(model, recipe, checkpoints.unfinished(out), tokenizer if own else None, gathered)
+            checkpoints.finish(out)
+        checkpoints.wait()
+    except BaseException:
+        checkpoints.abandon(out)
+        raise
+    return Run(out, steps, steps[-1]["seconds"], model, tokenizer)
+
+
+def join(recipe: Recipe) -> str:
+    """Refuse what the machine cannot do, meet the other processes if there are any, and say which device is ours."""
+    check_machine(recipe)
+    if checkpoints.processes() == 1:
+        return "auto"
+    from accelerate import PartialState
+
+    return str(PartialState(cpu=not torch.cuda.is_available()).device)
+
+
+def trainable(model, recipe: Recipe, init: str | Path | None):
+    """The model with an adapter that learns: the one in the folder `init`, or a fresh one with its new rows."""
+    checkpointing = recipe.schedule.gradient_checkpointing
+    if init:
+        return continue_adapter(model, init, recipe.adapter, recipe.base, checkpointing)
+    return add_adapter(model, recipe.adapter, recipe.base, checkpointing, grow(model, recipe))
+
+
+def learn(model, tokenizer, examples: list[Example], recipe: Recipe, settings: TrainingArguments, last: Path | None):
+    """All steps, from the checkpoint `last` on if there is one; and the weights, if they lie spread over cards."""
+    steps = Steps(Path(settings.output_dir) / "metrics.jsonl")
+    with Keeper() as keeper:
         trainer = AnswerTrainer(
+            recipe=recipe,
+            tokenizer=tokenizer,
             model=model,
-            args=arguments(recipe, part, model),
+            args=settings,
             train_dataset=examples,
             data_collator=flatten,
-            callbacks=[steps, Guard()],
-            recipe=recipe,
+            callbacks=[steps, Guard(), keeper],
         )
         trainer.remove_callback(PrinterCallback)  # the progress bar says it already
-        trainer.train()
-        seconds = time.perf_counter() - started
-        save(model, recipe, part)
-        if own:
-            tokenizer.save_pretrained(part)
-        os.chmod(part, 0o755)
-        os.replace(part, out)
-    finally:
-        steps.close()
-        shutil.rmtree(part, ignore_errors=True)
-    return Run(out, steps.rows, seconds, model, tokenizer)
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            steps.close()
+    if keeper.stopped_at:
+        run = checkpoints.finished(settings.output_dir)
+        raise KeyboardInterrupt(f"saved after step {keeper.stopped_at}; go on with cvlib train --resume {run}")
+    return steps.rows, trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -174,14 +202,14 @@ def prepare(conversations: Iterable[Conversation], tokenizer, recipe: Recipe) ->
 def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:
     """The recipe's schedule in Trainer's words. Adapters are float32, so float16 bases need a gradient scaler."""
     plan = recipe.schedule
-    devices = int(os.environ.get("WORLD_SIZE", 1))
+    devices = checkpoints.processes()
     accumulation, left_over = divmod(plan.batch_rows, plan.micro_rows * devices)
     if left_over:
         raise InputError(
             f"schedule.batch_rows is {plan.batch_rows}; choose a multiple of micro_rows × processes, "
             f"{plan.micro_rows} × {devices}"
         )
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=plan.micro_rows,
         gradient_accumulation_steps=accumulation,
@@ -194,23 +222,30 @@ def arguments(recipe: Recipe, folder: Path, model) -> TrainingArguments:
         max_grad_norm=plan.max_grad_norm,
         fp16=model.dtype == torch.float16 and model.device.type == "cuda",
         seed=plan.seed,
+        data_seed=plan.seed,  # one order for all processes (trap 12)
         logging_steps=1,
         logging_nan_inf_filter=False,  # Trainer would print an earlier loss in place of one that is not finite
-        save_strategy="no",
-        report_to="none",
+        save_strategy="steps" if plan.save_every else "no",
+        save_steps=max(1, plan.save_every),
+        include_num_input_tokens_seen="all",
+        report_to=recipe.report_to,
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    if settings.world_size != devices:  # each would train a copy of its own, and nobody would notice
+        raise InputError(f"{devices} processes were started, but torch joined {settings.world_size}; mend the launch")
+    settings._n_gpu = min(1, settings.n_gpu)  # one process, one card: Trainer would cut the batch for all it sees
+    return settings
 
 
 class AnswerTrainer(Trainer):
     """Trainer with the book's loss: the mean over all labelled tokens of a step, on all its micro-batches and ranks."""
 
-    def __init__(self, recipe: Recipe, **options):
+    def __init__(self, recipe: Recipe, tokenizer, **options):
         super().__init__(**options)
-        self.recipe = recipe
+        self.recipe, self.tokenizer = recipe, tokenizer
 
     def create_optimizer(self, model=None):
         plan, rows = self.recipe.schedule, self.recipe.growth
@@ -218,71 +253,19 @@ class AnswerTrainer(Trainer):
         self.optimizer = two_rates(model or self.model, *rates, plan.weight_decay, plan.optimizer)
         return self.optimizer
 
+    def _save(self, output_dir=None, state_dict=None):
+        """A checkpoint holds the adapter, its rows and their tokenizer, and never the base again (trap 8)."""
+        if self.args.should_save:
+            write_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), self.tokenizer, state_dict)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = token_losses(model, inputs).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # gradients are averaged over ranks afterwards
 
 
-class Guard(TrainerCallback):
-    """Stop a run that looks alive and learns nothing."""
-
-    def on_train_begin(self, args, state, control, **_):
-        if 2 * args.warmup_steps > state.max_steps and args.warmup_steps >= 1:  # trap 13
-            raise InputError(
-                f"schedule.warmup_steps is {args.warmup_steps:.0f}, but the run has {state.max_steps} steps; choose "
-                "fewer, or 0 to climb for schedule.warmup_ratio of them"
-            )
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
-        if missing:
-            raise InputError(
-                f"{len(missing)} trainable parameters got no gradient (first: {missing[0]}); load the base with "
-                "cvlib.loading, which keeps quantised and checkpointed models trainable"
-            )
-
-    def on_log(self, args, state, control, logs=None, **_):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not 0 < loss < float("inf"):
-            raise InputError(
-                f"the loss is {loss} at step {state.global_step}; lower schedule.learning_rate, "
-                "and on cards older than Turing use bits: 16"
-            )
-
-
-class Steps(TrainerCallback):
-    """One line per optimiser step into `metrics.jsonl`, and a progress bar with loss and tokens per second."""
-
-    def __init__(self, path: Path):
-        self.path, self.rows, self.bar = path, [], None
-
-    def on_train_begin(self, args, state, control, **_):
-        from tqdm import tqdm
-
-        self.started = time.perf_counter()
-        self.bar = tqdm(total=state.max_steps, desc="training", unit="step") if state.is_world_process_zero else None
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs or not state.is_world_process_zero:
-            return
-        exact = state.log_history[-1]
-        row = {"step": state.global_step, "loss": exact["loss"], "learning_rate": exact["learning_rate"]}
-        row["seconds"] = round(time.perf_counter() - self.started, 3)
-        self.rows.append(row)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
-
-    def close(self) -> None:
-        """End the progress bar's line, also when the run was stopped."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def save(model, recipe: Recipe, folder: Path) -> None:
+def save(model, recipe: Recipe, folder: Path, tokenizer=None, weights: dict | None = None) -> None:
     """Write the adapter and its recipe into `folder`, after checking that the adapter changes something (trap 7)."""
-    learnt = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    learnt = [weight for name, weight in (weights or dict(model.named_parameters())).items() if "lora_B" in name]
     if not learnt or not any(weight.any() for weight in learnt):
         raise InputError(
             "every B of the adapter is zero, so it would change nothing; train for more steps or with "
@@ -290,7 +273,13 @@ def save(model, recipe: Recipe, folder: Path) -> None:
         )
     if not all(weight.isfinite().all() for weight in learnt):
         raise InputError("the adapter holds numbers that are not finite; lower schedule.learning_rate")
-    model.save_pretrained(folder, save_embedding_layers=False)
+    write_adapter(model, folder, tokenizer, weights)
+    checkpoints.write_recipe(recipe, folder)
+
+
+def write_adapter(model, folder: Path, tokenizer=None, weights: dict | None = None) -> None:
+    """The adapter's weights, its new rows, and the tokenizer they belong to."""
+    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    text = yaml.safe_dump(recipe.as_dict(), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    if tokenizer:
+        tokenizer.save_pretrained(folder)

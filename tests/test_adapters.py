@@ -124,6 +124,16 @@ def test_rows_learn_at_their_own_rate(make, tiny, grown):
     assert len(groups[0]["params"]) == 2 * 2 * model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize(("kind", "bits", "paged"), [("adamw_8bit", 8, False), ("paged_adamw_8bit", 8, True)])
+def test_eight_bit_optimisers_keep_both_rates(kind, bits, paged, make, tiny, grown):
+    recipe = make(f"growth.tokenizer={grown}")
+    model, _ = loading.load(str(tiny), dtype="float32")
+    tuned = adapters.add_adapter(model, recipe.adapter, recipe.base, new=adapters.grow(model, recipe))
+    made = adapters.two_rates(tuned, 0.25, 0.5, 0.125, kind)
+    assert [(group["lr"], group["weight_decay"]) for group in made.param_groups] == [(0.25, 0.125), (0.5, 0.125)]
+    assert (made.args.optim_bits, made.is_paged) == (bits, paged)
+
+
 def test_init_refuses_a_growth_it_was_not_trained_with(make, grown, tmp_path):
     plain = train(make(), tmp_path / "plain").folder
     with pytest.raises(InputError, match="was not trained with it; leave it empty"):

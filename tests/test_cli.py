@@ -205,7 +205,6 @@ def test_an_unknown_asset_and_base(refused):
         (["evaluate", "--limit", "-1"], "'-1' is not a whole number from 0"),
         (["evaluate", "--answers", "few"], "'few' is not a whole number from 0"),
         (["chat", "--bits", "5"], "choose from"),
-        (["train"], "required: RECIPE"),
         (["tran"], "invalid choice: 'tran'"),
         ([], "required: COMMAND"),
     ],

@@ -49,6 +49,7 @@ ORDER = (
     "domains",
     "adapters",
     "checkpoints",
+    "callbacks",
     "training",
     "export",
     "chat",

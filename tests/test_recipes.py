@@ -97,6 +97,8 @@ def test_set_changes_single_values():
         ("schedule: {max_steps: -1}", ["schedule.max_steps is -1"]),
         ("schedule: {warmup_ratio: 1}", ["schedule.warmup_ratio is 1.0", "below 1"]),
         ("schedule: {warmup_steps: -1}", ["schedule.warmup_steps is -1"]),
+        ("schedule: {save_every: -1}", ["schedule.save_every is -1"]),
+        ("report_to: [a]", ["report_to is ['a']", "a text"]),
         ("schedule: {optimizer: sgd}", ["schedule.optimizer is 'sgd'", "adamw, adamw_8bit, paged_adamw_8bit"]),
         ("schedule: {micro_rows: 0}", ["schedule.micro_rows is 0"]),
         ("schedule: {batch_rows: 10, micro_rows: 4}", ["schedule.batch_rows is 10", "multiple of micro_rows", "4"]),

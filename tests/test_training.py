@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_every_trainable_weight_gets_a_gradient_also_after_an_evaluation(bits, c
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes.*an autograd kernel was not registered")
 @pytest.mark.skipif(not REPACKS, reason="bitsandbytes repacks 4-bit weights only on CPUs with AVX512-BF16")
-def test_without_keep_trainable_nothing_learns_and_the_guard_says_so(tiny, make, tmp_path, monkeypatch):
+def test_trap_21_without_keep_trainable_nothing_learns_and_the_guard_says_so(tiny, make, tmp_path, monkeypatch):
     """Trap 21 as it happens: evaluate, then train. The loss would print all the same."""
     monkeypatch.setattr(loading, "keep_trainable", lambda model: None)
     model, tokenizer = loading.load(str(tiny), 4)
@@ -66,6 +67,56 @@ def test_without_keep_trainable_nothing_learns_and_the_guard_says_so(tiny, make,
     with pytest.raises(InputError, match=r"trainable parameters got no gradient \(first: .*lora"):
         train(make("bits=4", "dtype=auto"), tmp_path / "run", loaded=(model, tokenizer))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("older_kind", [False, True])
+def test_trap_14_checkpointing_finds_something_to_differentiate(older_kind, tiny, rows_file):
+    """The embeddings are frozen: unless their output asks for a gradient, torch's older kind hands none to anybody."""
+    base, tokenizer = loading.load(str(tiny), dtype="float32")
+    model = wake(add_adapter(base, recipes.Adapter(dropout=0.0), str(tiny), checkpointing=True))
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": older_kind})
+    assert base.get_input_embeddings()(torch.tensor([[1]])).requires_grad
+    assert all(gradient.abs().sum() > 0 for gradient in gradients(model, tokenizer, rows_file).values())
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_trap_08_saving_needs_no_second_copy_of_the_base(bits, tiny, make, tmp_path):
+    """Quantised or not: what is allocated while saving is of the adapter's size, not of the base's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    base, _ = loading.load(str(tiny), bits)
+    model = wake(add_adapter(base, recipes.Adapter(r=1, targets=["q_proj"]), str(tiny)))
+    held = sum(weight.numel() * weight.element_size() for weight in base.parameters())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        training.save(model, make(), tmp_path)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in seen.events())
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert allocated < held / 4
+    assert written < held / 4
+
+
+def test_adapters_of_a_float16_base_are_float32(tiny):
+    """Their gradients are then float32, too: a scaler refuses to unscale float16 ones."""
+    model = add_adapter(loading.load(str(tiny), dtype="float16")[0], recipes.Adapter(), str(tiny))
+    assert model.dtype == torch.float16
+    assert {weight.dtype for weight in trainable(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "scaled"),
+    [("float16", "cuda", True), ("float16", "cpu", False), ("bfloat16", "cuda", False), ("float32", "cuda", False)],
+)
+def test_only_float16_on_a_card_gets_a_gradient_scaler(dtype, device, scaled, make, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        training, "TrainingArguments", lambda **options: given.update(options) or SimpleNamespace(world_size=1, n_gpu=4)
+    )
+    model = SimpleNamespace(dtype=getattr(torch, dtype), device=torch.device(device))
+    settings = training.arguments(make("report_to=tensorboard", "schedule.save_every=7"), tmp_path, model)
+    assert given["fp16"] is scaled
+    assert given["report_to"] == "tensorboard"
+    assert (given["save_strategy"], given["save_steps"]) == ("steps", 7)
+    assert settings._n_gpu == 1  # not a batch cut up for all the cards that one process sees
 
 
 def test_checkpointing_changes_no_gradient(tiny, rows_file):
@@ -92,19 +143,20 @@ def test_the_guard_stops_at_a_weight_without_gradient(make, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 @pytest.mark.parametrize("call", [1, 6])  # the first micro-batch, and the very last
-def test_the_guard_stops_at_a_loss_that_is_not_finite(bad, call, make, tmp_path, monkeypatch):
+def test_trap_09_the_guard_stops_at_a_loss_that_is_zero_or_not_finite(bad, call, make, tmp_path, monkeypatch):
     """One bad micro-batch is enough, even the last: its gradients are in the weights that would be saved."""
     calls = []
 
     def broken(model, batch):
         calls.append(1)
-        return token_losses(model, batch) * (bad if len(calls) == call else 1)
+        of_this_step = {call} if bad else {call - (call + 1) % 2, call + call % 2}  # 0 in one half is no sum of 0
+        return token_losses(model, batch) * (bad if len(calls) in of_this_step else 1)
 
     monkeypatch.setattr(training, "token_losses", broken)
     with pytest.raises(
-        InputError, match=rf"the loss is (nan|inf) at step {(call + 1) // 2}; lower schedule.learning_rate"
+        InputError, match=rf"the loss is (nan|inf|0\.0) at step {(call + 1) // 2}; lower schedule.learning_rate"
     ):
         train(make(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +170,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(make, tmp_path, tiny):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_of_zeros_is_not_saved(make, tmp_path):
+def test_trap_07_an_adapter_of_zeros_is_not_saved(make, tmp_path):
     """Trap 7: a run of one step that is all warm-up has rate 0, so B stays zero."""
     with pytest.raises(InputError, match=r"every B of the adapter is zero.*warmup_ratio=0"):
         train(make("schedule.max_steps=1", "schedule.warmup_ratio=0.5"), tmp_path / "run")
@@ -259,7 +311,7 @@ def rates(run):
     return [step["learning_rate"] for step in run.steps]
 
 
-def test_three_steps_are_not_all_warm_up(make, tmp_path):
+def test_trap_13_three_steps_are_not_all_warm_up(make, tmp_path):
     """Trap 13: the warm-up is a share of the run, so a short run reaches its rate."""
     run = train(make("schedule.warmup_ratio=0.05", "schedule.learning_rate=0.01"), tmp_path / "run")
     assert rates(run) == pytest.approx([0, 0.01, 0.005])
@@ -282,7 +334,7 @@ def test_trap_13_a_hundred_warm_up_steps_on_a_run_of_three_are_refused(make, tmp
         ((7, 0), "bits=8", "bits is 8, but this card is older than Turing"),
     ],
 )
-def test_what_the_machine_cannot_do_is_refused(card, change, words, make, tmp_path, monkeypatch):
+def test_trap_09_what_the_machine_cannot_do_is_refused(card, change, words, make, tmp_path, monkeypatch):
     """Trap 9 among them: int8 on a card before Turing explodes, or says 0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
+from cvlib import InputError
 from cvlib.commands import command, say
 from cvlib.commands.choosing import setting_option
 
@@ -13,11 +15,13 @@ from cvlib.commands.choosing import setting_option
 def register(group) -> None:
     """Add this command to the command line."""
     training = command(group, "train", train, "train an adapter as a recipe says", epilog=train_help())
-    training.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
+    training.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name or a .yaml file")
     training.add_argument("-o", "--out", type=Path, help="the run's folder (default: runs/RECIPE)")
-    training.add_argument(
+    start = training.add_mutually_exclusive_group()
+    start.add_argument(
         "--init-adapter", type=Path, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
     )
+    start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, exactly as it was")
     setting_option(training, "change one value of the recipe")
 
 
@@ -40,15 +44,45 @@ def _key(item: dataclasses.Field, prefix: str) -> str:
     return f"  {prefix + item.name + '=' + str(default).replace(' ', ''):<42} {about}"
 
 
-def train(options: argparse.Namespace) -> None:
-    """`cvlib train`"""
+def train(options: argparse.Namespace) -> int | None:
+    """`cvlib train`: of several processes only the first one speaks."""
+    recipe, out = planned(options)
+    from cvlib import checkpoints, training
+
+    try:
+        run = training.train(recipe, out, init=options.init_adapter, resume=bool(options.resume))
+    except KeyboardInterrupt as stop:
+        if checkpoints.is_first():
+            print(f"\n{options.name}: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except InputError:
+        if checkpoints.is_first():
+            raise
+        return 2
+    if checkpoints.is_first():
+        report(options, run)
+    return None
+
+
+def planned(options: argparse.Namespace):
+    """The recipe and the run's folder, as asked or as an interrupted run has them."""
     from cvlib import recipes
 
-    recipe = recipes.load(options.recipe, options.set)
-    out = options.out or Path("runs") / Path(options.recipe).stem
-    from cvlib import training
+    if not options.resume:
+        if not options.recipe:
+            raise InputError(f"no recipe; choose one of {', '.join(recipes.names())} or name a .yaml file")
+        return recipes.load(options.recipe, options.set), options.out or Path("runs") / Path(options.recipe).stem
+    from cvlib import checkpoints
 
-    run = training.train(recipe, out, init=options.init_adapter)
+    if options.out and checkpoints.finished(options.out) != checkpoints.finished(options.resume):
+        raise InputError(f"--out {options.out}: a resumed run stays where it is; leave --out away")
+    checkpoints.begun(options.resume)  # refuses what is no interrupted run
+    source = options.recipe or checkpoints.unfinished(options.resume) / "recipe.yaml"
+    return recipes.load(source, options.set), options.resume
+
+
+def report(options: argparse.Namespace, run) -> None:
+    """Say what was trained and where it lies."""
     result = {
         "folder": str(run.folder),
         "steps": len(run.steps),

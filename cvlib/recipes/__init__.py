@@ -104,6 +104,7 @@ class Schedule:
     weight_decay: float = setting(0.0, "AdamW's decay of the adapter weights")
     max_grad_norm: float = setting(1.0, "gradients longer than this are scaled down to it")
     gradient_checkpointing: bool = setting(False, "recompute activations backward: less memory, a third slower")
+    save_every: int = setting(50, "steps between two checkpoints; 0 means only when Ctrl-C stops the run")
     seed: int = setting(42, "seed of initialisation, order and dropout")
 
     def __post_init__(self):
@@ -119,6 +120,7 @@ class Schedule:
             self.batch_rows,
             f"choose a multiple of micro_rows, which is {self.micro_rows}",
         )
+        need(self.save_every >= 0, "schedule.save_every", self.save_every, "choose 0 (only on Ctrl-C) or a number")
         need(0 <= self.seed < 2**32, "schedule.seed", self.seed, "choose a number from 0 to 2^32 - 1")
 
 
@@ -153,6 +155,7 @@ class Recipe:
     bits: int = setting(16, "how its weights are held", (16, 8, 4))
     template: str = setting("chatml", "how a conversation becomes text", ("chatml", "alpaca"))
     dtype: str = setting("auto", "number format of the computation", ("auto", "float32", "bfloat16", "float16"))
+    report_to: str = setting("none", "who else is told of each step: a reporter of Trainer, such as tensorboard")
     growth: Growth = field(default_factory=Growth)
     adapter: Adapter = field(default_factory=Adapter)
     data: Data = field(default_factory=Data)
