@@ -70,7 +70,7 @@ def connected(server, key: str) -> Iterator[Callable[..., dict]]:
         line.request("POST", route, json.dumps(body), headers)
         reply = json.load(line.getresponse())
         if "error" in reply:
-            raise InputError(f"llama.cpp refuses: {reply['error']['message']}; shorten the prompt, or ask again later")
+            raise InputError(f"llama.cpp refuses: {reply['error']['message']}")
         return reply
 
     with closing(http.client.HTTPConnection(urlsplit(server.listening_address).netloc)) as line:

@@ -520,6 +520,24 @@ def test_weights_that_do_not_fit(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*gguf*")) == []
 
 
+def test_the_command_asks_for_room_first_and_clears_up_after_one_that_was_killed(tiny, tmp_path, monkeypatch, run):
+    """A GGUF needs the merged model in float32 beside it: said in bytes before anything is loaded."""
+    order = ["export", tiny, "--to", "gguf", "--quant", "q8_0", "-o", tmp_path / "a.gguf"]
+    (tmp_path / ".a.gguf.merging" / "a").mkdir(parents=True)  # what a killed export leaves
+    code, out, _ = run(*order)
+    assert code == 0
+    assert "q8_0; merged in float32, where logits moved by at most" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+    needed = 2 * export.room(str(tiny), "f16") + export.room(str(tiny), "q8_0")
+    sizes = {tensor.name: tensor.n_bytes for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert export.room(str(tiny), "q8_0") == sum(sizes.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(loading, "load", None)
+    code, _, err = run(*order[:-1], tmp_path / "deep" / "b.gguf")
+    assert (code, f"{needed:,} bytes needed but 1,000 free" in err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
 # the running model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import tempfile
+import shutil
 from pathlib import Path
 
 from cvlib import InputError
@@ -34,14 +34,21 @@ def export(options: argparse.Namespace) -> None:
         raise InputError("nothing to export; name a model, or --adapter DIR")
     if options.out.exists() and not options.force:
         raise InputError(f"{options.out}: exists already; choose another name, or replace it with --force")
-    options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     base = options.model or loading.read_adapter(options.adapter[0]).get("base_model_name_or_path")
+    if options.to == "gguf":  # the merged model in float32 lies beside it for a while
+        export.require_space(options.out, 2 * export.room(base, "f16") + export.room(base, options.quant))
+    options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if options.to == "hf":
         merged = export.merge(base, options.adapter, options.out, force=options.force)
         say(options, dataclasses.asdict(merged) | {"folder": str(merged.folder)}, str(merged))
         return
-    with tempfile.TemporaryDirectory(dir=options.out.absolute().parent, prefix=".merging-") as folder:
-        merged = export.merge(base, options.adapter, Path(folder) / options.out.stem, dtype="float32")
+    between = options.out.absolute().with_name(f".{options.out.name}.merging")
+    shutil.rmtree(between, ignore_errors=True)  # of an export that was killed
+    try:
+        merged = export.merge(base, options.adapter, between / options.out.stem, dtype="float32")
         size = export.gguf(merged.folder, options.out, options.quant, options.force)
-    data = {"out": str(options.out), "quant": options.quant, "bytes": size}
-    say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {options.quant}; merged in float32")
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
+    data = {"out": str(options.out), "quant": options.quant, "bytes": size, "change": merged.change}
+    moved = f"merged in float32, where logits moved by at most {merged.change:.2g}"
+    say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {options.quant}; {moved}")

@@ -117,7 +117,6 @@ def plan(folder: Path, quant: str):
     config = model.config
     if config.model_type != "llama":
         raise InputError(f"{folder}: a {config.model_type} model; only the LLaMA architecture is written here")
-    matrix, table, _ = FORMATS[quant]
     names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     files, tensors = stored(folder), rotary_factors(config, folder)
     for source, like in model.state_dict().items():
@@ -126,13 +125,27 @@ def plan(folder: Path, quant: str):
         if source not in files:
             raise InputError(f"{folder}: {source} is missing from its safetensors; copy or merge the model again")
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        kind = Kind.F32 if like.ndim == 1 else table if name in ("token_embd.weight", "output.weight") else matrix
+        kind = kind_of(source, like, quant)
         if like.shape[-1] % (block := library.GGML_QUANT_SIZES[kind][0]):
             raise InputError(f"{folder}: {source} is {like.shape[-1]} wide, no multiple of {block}; choose f16")
         tensors.append(
             Tensor(name, tuple(like.shape), kind, partial(read, files[source], source, heads(source, config)))
         )
     return tensors, config
+
+
+def kind_of(source: str, like: torch.Tensor, quant: str) -> Kind:
+    """How a tensor is written: vectors in float32, embeddings and head with their own number of bits."""
+    matrix, table, _ = FORMATS[quant]
+    if like.ndim == 1:
+        return Kind.F32
+    return table if source.split(".")[-2] in ("embed_tokens", "lm_head") else matrix
+
+
+def room(base: str, quant: str) -> int:
+    """Bytes of a base's numbers in a GGUF file, before anything is loaded."""
+    weights = skeleton(loading.resolve(base), base).named_parameters()  # a tied head is there once
+    return sum(Tensor(name, tuple(like.shape), kind_of(name, like, quant), None).bytes for name, like in weights)
 
 
 def stored(folder: Path) -> dict[str, Path]:
