@@ -31,7 +31,8 @@ def fits(
     room = available_bytes * (1 - MARGIN)
     needed = of_recipe(recipe, shape, device, dtype)
     if needed.peak <= room:
-        return True, f"needs {needed.peak / 1e9:.1f} of {available_bytes / 1e9:.1f} GB"
+        rows = "; the rows of growth.tokenizer are not counted" if recipe.growth.tokenizer else ""
+        return True, f"needs {needed.peak / 1e9:.1f} of {available_bytes / 1e9:.1f} GB{rows}"
     largest = f"{needed.largest.name}: {needed.largest.bytes / 1e9:.1f} GB"
     start = f"needs {needed.peak / 1e9:.1f} GB, {available_bytes / 1e9:.1f} are there ({largest}); "
     for smaller in _smaller(recipe):

@@ -67,3 +67,8 @@ def test_a_recipe_fits_the_card_it_is_named_after(name):
     recipe = recipes.load(name)
     card = 16e9 if name.endswith("t4") else 11e9
     assert fits(recipe, shape_of(recipe.base), card)[0]
+
+
+def test_what_is_not_counted_is_said():
+    recipe = recipes.load("chinese-llama-7b-pretrain")
+    assert fits(recipe, shape_of(recipe.base), 16e9)[1].endswith("; the rows of growth.tokenizer are not counted")
