@@ -81,8 +81,10 @@ def summary(answers: Sequence[tuple[str, bool]]) -> dict:
 
 
 @torch.no_grad()
-def penalised_bits(model, tokenizer, conversations: Sequence[Conversation], template: str, decoding: Decoding) -> Score:
-    """Bits per byte of the last answers under the model *as it decodes*: with the repetition penalty on.
+def penalised_bits(
+    model, tokenizer, conversations: Sequence[Conversation], template: str, decodings: Sequence[Decoding]
+) -> list[Score]:
+    """Bits per byte of the last answers under the model *as it decodes*, one score for each way of decoding.
 
     A person's answer repeats characters as every text does. The penalty makes each repeat less likely, so it costs
     bits, and more with each step of the penalty: what it hides in a transcript it shows here. Temperature is 1 and
@@ -91,16 +93,17 @@ def penalised_bits(model, tokenizer, conversations: Sequence[Conversation], temp
     from tqdm import tqdm
 
     model.eval()
-    plain = replace(decoding, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    nll, sizes = [], []
+    plain = [replace(decoding, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) for decoding in decodings]
+    nll: list[list[float]] = [[] for _ in decodings]
     for row in tqdm(conversations, desc="scoring", unit="row", leave=False):
         start = prompt_ids(prompt(row[:-1], template, tokenizer.eos_token), tokenizer)
         answer = tokenizer(row[-1].content, add_special_tokens=False, split_special_tokens=True).input_ids
         ids = torch.tensor([start + answer], device=model.device)
         logits = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1].cpu()  # (answer, vocabulary)
-        before = start if decoding.penalise == "all" else []
-        said = [[*before, *answer[:place]] for place in range(len(answer))]
-        chances = sampling.probabilities(logits, said, plain)
-        nll.append(-chances.gather(1, torch.tensor([answer]).T).double().log().sum().item())
-        sizes.append(len(row[-1].content.encode()))
-    return Score(nll, sizes)
+        for nats, decoding in zip(nll, plain, strict=True):
+            before = start if decoding.penalise == "all" else []
+            said = [[*before, *answer[:place]] for place in range(len(answer))]
+            chances = sampling.probabilities(logits, said, decoding)
+            nats.append(-chances.gather(1, torch.tensor([answer]).T).double().log().sum().item())
+    sizes = [len(row[-1].content.encode()) for row in conversations]
+    return [Score(nats, sizes) for nats in nll]

@@ -1,7 +1,9 @@
 """Model and held-out conversations in, numbers that can be compared out.
 
 * **Bits per byte**: how many bits the model needs for each byte of the answers. It does not depend on how a vocabulary
-  cuts the text, so models with different vocabularies compare. Only the answers' own text is scored.
+  cuts the text, so models with different vocabularies compare. Only the answers' own text is scored; of plain text
+  every token is.
+* **Forgetting**: bits per byte after less before, on the same rows and paired, for each held-out set.
 * **Answer language**: the share of Chinese characters in what the model answers to Chinese questions.
 
 `token_losses` is also the loss that `training` minimises: what is trained and what is measured are one function.
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from cvlib import InputError, intervals
-from cvlib.batching import IGNORE_INDEX, Example, answers_only, encode, flatten, groups
+from cvlib.batching import IGNORE_INDEX, Example, answers_only, document_marks, encode, flatten, groups
 from cvlib.messages import Conversation
 from cvlib.show import Table
 from cvlib.templates import render
@@ -101,7 +103,7 @@ def score_text(model, tokenizer, passages: Sequence[str], max_tokens: int = 1024
     Raises:
         InputError: nothing to score, or a passage that does not fit the model's context.
     """
-    start, context = _start(tokenizer), model.config.max_position_embeddings
+    start, context = document_marks(tokenizer)[0], model.config.max_position_embeddings
     examples = []
     for passage in passages:
         ids = tokenizer(passage, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -109,13 +111,6 @@ def score_text(model, tokenizer, passages: Sequence[str], max_tokens: int = 1024
             raise InputError(f"the passage {passage[:20]!r}… is longer than the context of {context} tokens; cut it")
         examples.append(Example(start + ids, [IGNORE_INDEX] * len(start) + ids))
     return _scored(model, examples, [len(passage.encode()) for passage in passages], max_tokens)
-
-
-def _start(tokenizer) -> list[int]:
-    """What a document begins with: the tokenizer's own beginning, or the mark between documents of pre-training."""
-    known = tokenizer.get_vocab()
-    marks = [token for token in ("<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token) if token in known]
-    return tokenizer("").input_ids or [known[marks[0]]]
 
 
 def passages(text: str, characters: int = 400) -> list[str]:

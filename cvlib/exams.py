@@ -12,7 +12,7 @@
 | `generation` | letter comes first in what the model writes, without any draw; an answer without a letter is wrong |
 
 The worked examples are the same for all questions of a subject. They are read once: their keys and values are kept and
-copied for each batch, which changes no number. In bfloat16, though, two letters often have *equal* logits, and the
+copied for each batch, which changes no number. In bfloat16, though, two letters can have *equal* logits, and the
 earlier one wins: score in float32 where you can.
 """
 

@@ -85,11 +85,16 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def intervals(points: Mapping[str, tuple[float, float, float]], x: str, title: str = "") -> None:
-    """A dot with its interval for each entry (value, low, high), one under the other."""
+def intervals(
+    points: Mapping[str, tuple[float, float, float]], x: str, title: str = "", marks: Mapping[str, float] | None = None
+) -> None:
+    """A dot with its interval for each entry (value, low, high), one under the other; `marks` are lines across all."""
     import matplotlib.pyplot as plt
 
     axes = figure(x, "", title)
+    for name, value in (marks or {}).items():
+        axes.axvline(value, color="black", ls="--", lw=1)
+        axes.text(value, -0.75, f" {name}", va="bottom", size=8)
     for place, (value, low, high) in enumerate(points.values()):
         axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=PALETTE[place % 7])
     axes.set_yticks(range(len(points)), list(points))

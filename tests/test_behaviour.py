@@ -83,14 +83,11 @@ def test_answers_say_whether_they_ended(tiny, talk):
 
 def test_without_a_penalty_the_price_is_the_score(model, tokenizer, talk):
     rows = [talk("你好", "你好！很高兴认识你，你好！"), talk("Name a fruit.", "An apple, an apple.")]
-    found = penalised_bits(model, tokenizer, rows, "chatml", Decoding(repetition_penalty=1.0))
-    assert found.nll == pytest.approx(evaluation.score(model, tokenizer, rows, "chatml").nll, rel=1e-4)
-    prices = {}
-    for way in ("answer", "all"):
-        prices[way] = penalised_bits(
-            model, tokenizer, rows, "chatml", Decoding(repetition_penalty=2.0, penalise=way)
-        ).bits_per_byte
-    assert found.bits_per_byte < prices["answer"] < prices["all"]
+    ways = [Decoding(repetition_penalty=1.0), Decoding(repetition_penalty=2.0)]
+    ways.append(Decoding(repetition_penalty=2.0, penalise="all"))
+    plain, answer, everything = penalised_bits(model, tokenizer, rows, "chatml", ways)
+    assert plain.nll == pytest.approx(evaluation.score(model, tokenizer, rows, "chatml").nll, rel=1e-4)
+    assert plain.bits_per_byte < answer.bits_per_byte < everything.bits_per_byte
 
 
 def test_the_price_by_hand(tiny, talk):
@@ -110,6 +107,6 @@ def test_the_price_by_hand(tiny, talk):
         for seen in set(answer[:place]):
             logits[seen] = logits[seen] / 1.5 if logits[seen] > 0 else logits[seen] * 1.5
         total -= logits.log_softmax(-1)[token].item()
-    found = penalised_bits(model, tokenizer, [row], "chatml", Decoding(repetition_penalty=1.5))
+    (found,) = penalised_bits(model, tokenizer, [row], "chatml", [Decoding(repetition_penalty=1.5)])
     assert found.nll == pytest.approx([total], rel=1e-5)
     assert found.bits_per_byte == pytest.approx(total / math.log(2) / 9)

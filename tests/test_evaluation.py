@@ -252,3 +252,26 @@ def test_chinese_characters(character, chinese):
 )
 def test_share_of_chinese_characters(texts, share):
     assert han_share(texts) == pytest.approx(share)
+
+
+# models that do not belong together
+
+
+def test_a_tokenizer_that_is_not_the_adapters(make, llama_tokenizer, tmp_path, refused):
+    """Somebody copied another model's tokenizer over the adapter's; or lost the one its new rows were trained with."""
+    import json
+    from types import SimpleNamespace
+
+    from cvlib import loading, training
+
+    folder = training.train(make("schedule.max_steps=1"), tmp_path / "run").folder
+    llama_tokenizer[0].save_pretrained(folder)
+    refused(
+        ["evaluate", "--adapter", folder], f"{folder}: trained with a tokenizer of", "the one here has 32,000; put back"
+    )
+    rows = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(10, 2)))
+    for new, pieces in (({}, 10), ({"embed_tokens": [10, 11]}, 12)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"trainable_token_indices": new}))
+        loading.fits(range(pieces), rows, tmp_path)
+    with pytest.raises(InputError, match="a tokenizer of 12 pieces, but the one here has 10"):
+        loading.fits(range(10), rows, tmp_path)

@@ -1,6 +1,8 @@
 """Marks: equal to lm-eval's, whatever the batch and the cache; averages by hand; the command on CMMLU's 67 files."""
 
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,53 +114,18 @@ def test_what_is_written_does_not_depend_on_the_batch(small):
     assert tokenizer.decode(alone, skip_special_tokens=True) == one[0]
 
 
-def test_log_likelihoods_equal_lm_evals(model, tokenizer, geography):
+def test_log_likelihoods_equal_lm_evals(model, tokenizer, geography, monkeypatch):
     """The letters with five worked examples, the options' texts with none: to 1e-3 of lm-eval 0.4, offline."""
     pytest.importorskip("lm_eval")
-    bare = Subject(**{**vars(geography), "examples": []})
-    letters = [logs[0].tolist() for logs in exams.letters(model, tokenizer, geography)]
-    texts = [logs.tolist() for logs in exams.answers(model, tokenizer, bare)]
-    listed = "{{question}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}\n答案："
-    theirs = lm_eval(model, tokenizer, geography, listed, list("ABCD"), 5)
-    assert torch.allclose(torch.tensor(letters), torch.tensor(theirs), atol=1e-3)
-    theirs = lm_eval(model, tokenizer, geography, "{{question}}\n答案：", ["{{A}}", "{{B}}", "{{C}}", "{{D}}"], 0)
-    assert torch.allclose(torch.tensor(texts), torch.tensor(theirs), atol=1e-3)
-
-
-def lm_eval(model, tokenizer, asked, text, choices, shots):
-    """lm-eval's log-likelihoods of the four choices of each question."""
-    from datasets import Dataset
-    from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
-
-    def rows(some):
-        return Dataset.from_list(
-            [{"question": q.text, **dict(zip("ABCD", q.options, strict=True)), "answer": q.answer} for q in some]
-        )
-
-    data = {"dev": rows(asked.examples), "val": rows(asked.questions)}
-    config = {
-        "task": "book",
-        "custom_dataset": lambda **_: data,
-        "validation_split": "val",
-        "fewshot_split": "dev",
-        "fewshot_config": {"sampler": "first_n"},
-        "output_type": "multiple_choice",
-        "description": asked.heading,
-        "doc_to_text": text,
-        "doc_to_choice": choices,
-        "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer)}}",
-        "target_delimiter": "",
-        "num_fewshot": shots,
-    }
-    found = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
-        tasks=[ConfigurableTask(config=config)],
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-    return [[likelihood for ((likelihood, _),) in sample["resps"]] for sample in found["samples"]["book"]]
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("11_evaluation")
+    bare = replace(geography, examples=[])
+    letters = torch.stack(list(exams.letters(model, tokenizer, geography)))[:, 0]
+    texts = torch.stack(list(exams.answers(model, tokenizer, bare)))
+    theirs = study.lm_eval(model, tokenizer, geography, study.LISTED, list("ABCD"), 5)
+    assert torch.allclose(letters, torch.tensor(theirs), atol=1e-3)
+    texts_asked = ("{{question}}\n答案：", [f"{{{{{letter}}}}}" for letter in "ABCD"], 0)
+    assert torch.allclose(texts, torch.tensor(study.lm_eval(model, tokenizer, bare, *texts_asked)), atol=1e-3)
 
 
 # choices
@@ -273,7 +240,7 @@ def test_exams_that_cannot_be_used(cmmlu, tiny, tmp_path, refused):
     refused(["evaluate", tiny, "--exam", tmp_path / "none"], "no .csv files in val/ or test/")
     refused(["evaluate", tiny, "--exam", cmmlu, "--shots", "6"], "has 5 worked examples", "fewer --shots")
     refused(["evaluate", tiny, "--exam", cmmlu, "--limit", "1", "--scoring", "best"], "scoring 'best' is unknown")
-    path = cmmlu / "test" / "law.csv"
+    path = cmmlu / "test" / "agronomy.csv"
     path.write_text(",Question,A,B,C,D\n0,问,1,2,3,4\n", encoding="utf-8")
     refused(["evaluate", tiny, "--exam", cmmlu], f"{path}: no column 'answer'")
     path.write_text(",Question,A,B,C,D,Answer\n0,问,1,2,3,4,F\n", encoding="utf-8")
@@ -284,4 +251,4 @@ def test_texts_that_cannot_be_scored(tiny, tmp_path, refused):
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
     refused(["evaluate", tiny, "--text", empty], f"{empty}: the file is empty")
-    refused(["evaluate", tiny, "--text", tmp_path / "none.txt"], "none.txt", "no such file")
+    refused(["evaluate", tiny, "--text", tmp_path / "none.txt"], "none.txt", "No such file")
