@@ -1,7 +1,7 @@
 """An hour of scripted chat: does memory stay flat, is a character ever torn, does anything crash?
 
 The terminal of `cvlib chat` talks to a script instead of a person, with the shipped Chinese adapter on transformers and
-the same adapter merged into a GGUF file on llama.cpp, in turn, in one process. Each line is drawn at random: questions
+the running model's own GGUF file on llama.cpp, in turn, in one process. Each line is drawn at random: questions
 of 1 to 400 characters in Chinese, English, emoji and all of them mixed, and now and then /retry, /undo, /reset, a
 message that is too long or a system prompt. A quarter of the answers is stopped by Ctrl-C after a random piece.
 
@@ -20,14 +20,13 @@ import argparse
 import random
 import re
 import statistics
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import study
 
-from cvlib import ROOT, chat, engines, export, generation, loading
+from cvlib import ROOT, assets, chat, engines, generation, loading
 from cvlib.recipes import Decoding
 
 ADAPTER = ROOT / "data_samples/adapters/smollm2-zh"
@@ -142,13 +141,10 @@ def main() -> None:
     minutes = parser.parse_args().minutes
     drawn: list[list[int]] = []
     record(drawn)
-    with tempfile.TemporaryDirectory() as folder:
-        export.merge("smollm2-135m", [ADAPTER], Path(folder) / "merged", dtype="float32")
-        export.gguf(Path(folder) / "merged", Path(folder) / "zh.gguf", "f16")
-        first = engines.Transformers(*loading.load("smollm2-135m", adapter=ADAPTER), "chatml")
-        first.context = CONTEXT
-        second = engines.LlamaCpp(Path(folder) / "zh.gguf", context=CONTEXT, threads=1)
-        soak({"transformers": first, "llama.cpp": second}, minutes, drawn)
+    first = engines.Transformers(*loading.load("smollm2-135m", adapter=ADAPTER), "chatml")
+    first.context = CONTEXT
+    second = engines.LlamaCpp(assets.fetch("smollm2-135m"), "chatml", context=CONTEXT, threads=1)
+    soak({"transformers": first, "llama.cpp": second}, minutes, drawn)
 
 
 def soak(models: dict[str, engines.Engine], minutes: float, drawn: list[list[int]]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cvlib import InputError, batching, engines, messages
+from cvlib import ROOT, InputError, batching, engines, generation, messages
 from cvlib.chat import HELP, Chat, fit, terminal
 from cvlib.engines import Engine, Transformers
 from cvlib.messages import Message
@@ -366,3 +367,63 @@ def test_in_a_real_terminal(tiny):
     program.expect(pexpect.EOF)
     program.close()
     assert program.exitstatus == 0
+
+
+# the soak test
+
+
+class Typist(Engine):
+    """An engine that spells tokens of rare characters and emoji, as real engines do."""
+
+    template, context = "chatml", 400
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def stream(self, conversation, decoding, stop=()):
+        ids = self.tokenizer("好龘👍🏽𠀀" * 9, add_special_tokens=False).input_ids[: decoding.max_new_tokens]
+        yield from generation.until(generation.spell(iter(ids), self.tokenizer), stop)
+
+
+def careless(stream, tokenizer):
+    """Every token by itself: what the buffer of `generation.spell` is there to prevent."""
+    for token in stream:
+        yield tokenizer.decode([token])
+
+
+@pytest.mark.parametrize("spell", [generation.spell, careless])
+def test_the_soak_test_sees_a_torn_character(tokenizer, monkeypatch, spell):
+    """`benchmarks/soak_chat.py` on its own script: it talks, stops and forgets, and it would notice."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import soak_chat
+
+    drawn = []
+    monkeypatch.setattr(generation, "spell", spell)
+    soak_chat.record(drawn)
+    person = soak_chat.Script("typist", Chat(Typist(tokenizer), Decoding()), random.Random(1), drawn)
+    talk = lambda: [person.turn() for _ in range(60)]  # noqa: E731
+    if spell is careless:
+        with pytest.raises(AssertionError, match="but the model wrote"):
+            talk()
+        return
+    talk()
+    assert person.count["answers"] > person.count["cancelled"] > 5
+    assert person.count["ends_inside_a_character"] > 5
+    assert person.count["fffd_by_the_model"] == 0
+
+
+def test_memory_is_a_straight_line(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import soak_chat
+
+    assert soak_chat.slope([(0.5 * n, 900 + 0.1 * n) for n in range(40)]) == pytest.approx(12)
+
+
+def test_what_the_soak_test_stored():
+    """An hour of chat or the most of it: nothing torn, nothing crashed, memory flat."""
+    stored = json.loads((ROOT / "benchmarks/results/13-soak.json").read_text(encoding="utf-8"))
+    assert stored["minutes"] >= 30
+    assert stored["torn"] == stored["crashes"] == 0
+    assert stored["slope_mb_per_hour"] < 0.02 * stored["memory_mb"][-1][1]
+    assert {row["engine"] for row in stored["rows"]} == {"transformers", "llama.cpp"}
+    assert all(row["cancelled"] for row in stored["rows"])
