@@ -67,7 +67,12 @@ def grow(model, recipe: Recipe) -> range:
     """A row for each new piece of the recipe's grown tokenizer; none if it names no tokenizer."""
     if not recipe.growth.tokenizer:
         return range(0)
-    sub_pieces = embeddings.spelt(recipe.growth.tokenizer, loading.resolve(recipe.base))
+    base = loading.resolve(recipe.base)
+    if not Path(base).is_dir():  # a hub id: the tokenizer's files are all we read here
+        from huggingface_hub import snapshot_download
+
+        base = snapshot_download(base, allow_patterns=["tokenizer*"])
+    sub_pieces = embeddings.spelt(recipe.growth.tokenizer, base)
     return embeddings.grow(model, sub_pieces, recipe.growth.start, recipe.schedule.seed)
 
 

@@ -71,9 +71,9 @@ def encode(segments: Sequence[Segment], tokenizer, max_length: int) -> Example |
 
 def document_marks(tokenizer) -> tuple[list[int], int]:
     """What stands before a document and what ends it: LLaMA's `<s>` and `</s>`, `<|endoftext|>` for both in SmolLM2."""
-    known = tokenizer.get_vocab()
-    end = known["<|endoftext|>" if "<|endoftext|>" in known else tokenizer.eos_token]
-    return tokenizer("").input_ids or [end], end
+    known, both = tokenizer.get_vocab(), "<|endoftext|>"
+    first = next(mark for mark in (both, tokenizer.bos_token, tokenizer.eos_token) if mark in known)
+    return tokenizer("").input_ids or [known[first]], known[both if both in known else tokenizer.eos_token]
 
 
 def blocks(documents: Sequence[str], tokenizer, max_length: int) -> list[Example]:

@@ -67,7 +67,7 @@ class Keeper(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number, frame) -> None:
-        if self.asked:  # a second time: at once
+        if self.asked and number == signal.SIGINT:  # Ctrl-C a second time: at once
             raise KeyboardInterrupt
         self.asked = True
 
@@ -104,12 +104,14 @@ class Steps(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs or not state.is_world_process_zero:
+        if "loss" not in logs:
             return
         exact, seconds = state.log_history[-1], time.perf_counter() - self.started
         row = {"step": state.global_step, "loss": exact["loss"], "learning_rate": exact["learning_rate"]}
         row |= {"tokens": state.num_input_tokens_seen, "seconds": round(self.earlier + seconds, 3)}
         self.rows.append(row)
+        if self.bar is None:
+            return
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         speed = (state.num_input_tokens_seen - self.tokens) / seconds

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -133,6 +134,11 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
+def origin(out: Path) -> str | None:
+    """The adapter an interrupted run was started from, if any."""
+    return json.loads((unfinished(out) / "run.json").read_text(encoding="utf-8"))["init"]
+
+
 def refuse_changed(out: Path, about: dict) -> None:
     """Refuse to go on with other data, or on another number of processes, than the run was begun with."""
     old = json.loads((unfinished(out) / "run.json").read_text(encoding="utf-8"))
@@ -152,7 +158,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """A short hash of all that is trained on, in its order."""
     found = hashlib.sha256()
     for example in examples:
-        found.update(json.dumps([example.input_ids, example.labels]).encode())
+        found.update(array("q", [len(example), *example.input_ids, *example.labels]).tobytes())
     return found.hexdigest()[:16]
 
 
@@ -234,6 +240,8 @@ def mark(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the list of a folder's files, has reached the disk."""
+    if os.name == "nt":  # Windows knows no such wait for a folder
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -66,19 +66,19 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
     out, last = checkpoints.finished(out), None
     device = join(recipe)
     if resume:
-        last = checkpoints.reopen(out, recipe)
+        last, init = checkpoints.reopen(out, recipe), checkpoints.origin(out)
     elif init:
         checkpoints.refuse_unfinished(init)
     if not resume and checkpoints.is_first():
         checkpoints.refuse_taken(out)
     set_seed(recipe.schedule.seed)
     model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype, device=device)
-    init = last or init
-    own = grown_tokenizer(recipe, init)
+    own = grown_tokenizer(recipe, last or init)
     tokenizer = loading.read_tokenizer(own) if own else tokenizer
     examples = training_examples(recipe, tokenizer)
-    model = trainable(model, recipe, init)
+    model = trainable(model, recipe, last or init)
     about = {"data": checkpoints.fingerprint(examples), "processes": checkpoints.processes()}
+    about["init"] = str(init) if init else None
     if resume:
         checkpoints.refuse_changed(out, about)
     settings = arguments(recipe, checkpoints.unfinished(out), model)

@@ -124,6 +124,16 @@ def test_rows_learn_at_their_own_rate(make, tiny, grown):
     assert len(groups[0]["params"]) == 2 * 2 * model.config.num_hidden_layers
 
 
+def test_a_base_on_the_hub_lends_its_tokenizer(make, tiny, grown, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *about, **which: asked.append(about) or str(tiny))
+    model, _ = loading.load(str(tiny), dtype="float32")
+    assert len(adapters.grow(model, make(f"growth.tokenizer={grown}", "base=org/name"))) == 8
+    assert asked == [("org/name",)]
+
+
 @pytest.mark.parametrize(("kind", "bits", "paged"), [("adamw_8bit", 8, False), ("paged_adamw_8bit", 8, True)])
 def test_eight_bit_optimisers_keep_both_rates(kind, bits, paged, make, tiny, grown):
     recipe = make(f"growth.tokenizer={grown}")

@@ -206,7 +206,7 @@ def test_blocks_of_a_llama_vocabulary_begin_and_end_with_its_own_marks(llama_tok
     fast.bos_token, fast.eos_token = "<s>", "</s>"
     (block,) = blocks(["北京"], fast, 64)
     assert fast.convert_ids_to_tokens(block.input_ids[-1]) == "</s>"
-    assert block.input_ids[:1] == (fast("").input_ids or [fast.eos_token_id])
+    assert block.input_ids[:1] == (fast("").input_ids or [fast.bos_token_id])
 
 
 def test_a_text_that_spells_a_special_token_does_not_speak_it(tokenizer):

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from cvlib import ROOT, InputError, callbacks, checkpoints, recipes, training
+from cvlib import ROOT, InputError, callbacks, checkpoints, extension, loading, recipes, training
 from cvlib.training import train
 
 NOISY = ("schedule.max_steps=6", "schedule.save_every=1", "adapter.dropout=0.3", "schedule.scheduler=cosine")
@@ -178,9 +178,30 @@ def test_metrics_are_cut_back_also_behind_half_a_line(tmp_path):
 
 def test_a_run_without_a_checkpoint_begins_again(recipe_file, whole, tmp_path):
     recipe, out = recipes.load(recipe_file), tmp_path / "run"
-    examples = training.training_examples(recipe, training.loading.read_tokenizer(recipe.base))
-    checkpoints.begin(out, recipe, {"data": checkpoints.fingerprint(examples), "processes": 1})
+    examples = training.training_examples(recipe, loading.read_tokenizer(recipe.base))
+    checkpoints.begin(out, recipe, {"data": checkpoints.fingerprint(examples), "processes": 1, "init": None})
     assert weights(train(recipe, out, resume=True).folder) == weights(whole)
+
+
+def test_without_a_checkpoint_it_begins_again_from_the_same_adapter(make, tmp_path):
+    first = train(make("schedule.learning_rate=0.02"), tmp_path / "first").folder
+    whole = train(make(), tmp_path / "whole", init=first)
+    examples = training.training_examples(make(), whole.tokenizer)
+    about = {"data": checkpoints.fingerprint(examples), "processes": 1, "init": str(first)}
+    checkpoints.begin(tmp_path / "run", make(), about)
+    assert weights(train(make(), tmp_path / "run", resume=True).folder) == weights(whole.folder)
+
+
+def test_new_rows_go_on_exactly_too(make, tiny, tmp_path, monkeypatch):
+    """The checkpoint holds them and the tokenizer they belong to; two rates go on beside each other."""
+    text = tmp_path / "text.txt"
+    text.write_text("北京的天气很好，上海的天气也很好。\n" * 30, encoding="utf-8")
+    grown = extension.extend(tiny, [text], tmp_path / "grown", 8).path
+    recipe = make(*NOISY, f"growth.tokenizer={grown}", "growth.learning_rate=0.01", "schedule.max_steps=4")
+    whole = train(recipe, tmp_path / "whole").folder
+    stopped(recipe, tmp_path / "run", 2, monkeypatch)
+    assert weights(train(recipe, tmp_path / "run", resume=True).folder) == weights(whole)
+    assert loading.has_tokenizer(tmp_path / "run")
 
 
 # misuse (trap 11)
@@ -250,7 +271,22 @@ def test_trap_12_two_processes_are_one_at_the_same_effective_batch(make, tmp_pat
 
 def test_processes_that_did_not_join_are_refused(make, tmp_path, tiny, monkeypatch):
     """torchrun without use_cpu trains as many copies, in silence."""
-    model = training.loading.load(str(tiny), dtype="float32")[0]
+    model = loading.load(str(tiny), dtype="float32")[0]
     monkeypatch.setattr(checkpoints, "processes", lambda: 2)
     with pytest.raises(InputError, match="2 processes were started, but torch joined 1"):
         training.arguments(make(), tmp_path, model)
+
+
+def test_the_fsdp_config_is_one_that_accelerate_reads():
+    """Not run here: it needs several cards. Its keys and values are at least accelerate's own."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+    from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY, FSDP_SHARDING_STRATEGY, FSDP_STATE_DICT_TYPE
+
+    config = load_config_from_file(str(recipes.FOLDER / "accelerate" / "fsdp-qlora.yaml"))
+    fsdp = config.fsdp_config
+    assert config.distributed_type == DistributedType.FSDP
+    assert fsdp["fsdp_sharding_strategy"] in FSDP_SHARDING_STRATEGY
+    assert fsdp["fsdp_auto_wrap_policy"] in FSDP_AUTO_WRAP_POLICY
+    assert fsdp["fsdp_state_dict_type"] in FSDP_STATE_DICT_TYPE
+    assert recipes.load("llama-13b-4bit-2080ti", ["schedule.optimizer=adamw"]).bits == 4
