@@ -11,6 +11,7 @@ llama.cpp through `engines` beside xllamacpp used bare: one call for all tokens,
 """
 
 import argparse
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     began, rows, folder = time.perf_counter(), [], loading.resolve(BASE)
+    load = os.getloadavg()[0]  # how many others wanted the processor when we began: 0 on a quiet machine
     with tempfile.TemporaryDirectory() as place:
         files = {quant: Path(place) / f"{quant}.gguf" for quant in QUANTS}
         for quant, file in files.items():
@@ -119,8 +121,8 @@ def main():
                         about = {"threads": threads, "round": turn, "format": kind, "phase": phase, "batch": batch}
                         rows.append(about | {"tokens_per_second": round(speed, 2)})
                 print(threads, turn, f"{rows[-1]}", f"{time.perf_counter() - began:.0f} s", flush=True)
-    about = {"base": BASE, "prompt": PROMPT, "answer": ANSWER, "rounds": rounds}
-    study.save(NAME, rows, **about, bytes_per_token=bytes_per_token(folder), seconds=round(time.perf_counter() - began))
+            about = {"base": BASE, "prompt": PROMPT, "answer": ANSWER, "rounds": rounds, "load": round(load, 1)}
+            study.save(NAME, rows, **about, bytes_per_token=bytes_per_token(folder))
 
 
 if __name__ == "__main__":
