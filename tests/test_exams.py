@@ -128,6 +128,15 @@ def test_log_likelihoods_equal_lm_evals(model, tokenizer, geography, monkeypatch
     assert torch.allclose(texts, torch.tensor(study.lm_eval(model, tokenizer, bare, *texts_asked)), atol=1e-3)
 
 
+def test_one_cell_of_the_stored_study_comes_out_again(model, tokenizer, geography):
+    study = json.loads((ROOT / "benchmarks/results/11-evaluation.json").read_text(encoding="utf-8"))
+    about = {"model": "base", "part": "exam", "shots": 5, "asked": "plain", "by": "letters"}
+    (stored,) = [row["found"] for row in study["rows"] if about.items() <= row.items()]
+    again = list(exams.letters(model, tokenizer, geography))
+    for scoring, scores in exams.BY_LETTER.items():
+        assert stored[scoring]["geography"][:3] == "".join(exams.likeliest(scores(logs)) for logs in again)
+
+
 # choices
 
 
