@@ -28,7 +28,9 @@ WAIT = """
 const done = arguments[0];
 for (const image of document.images) image.loading = "eager";
 const pictures = [...document.images].map((image) => image.decode().catch(() => 0));
-Promise.all([MathJax.startup.promise, ...pictures]).then(() => done(document.querySelectorAll("mjx-container").length));
+const ready = () => window.MathJax?.startup?.promise
+  ? Promise.all([MathJax.startup.promise, ...pictures]).then(() => done(true)) : setTimeout(ready, 50);
+ready();
 """
 
 
