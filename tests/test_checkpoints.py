@@ -233,8 +233,9 @@ def test_trap_11_init_adapter_refuses_an_unfinished_run_and_names_resume(make, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.unfinished"]
 
 
-def test_resume_refuses_what_is_no_interrupted_run(make, run, refused, tmp_path):
+def test_resume_refuses_what_is_no_interrupted_run(make, run, refused, tmp_path, capsys):
     done = train(make("schedule.max_steps=1"), tmp_path / "done").folder
+    capsys.readouterr()
     refused(["train", "--resume", done], "this run is complete", f"--init-adapter {done}")
     refused(["train", "--resume", tmp_path / "none"], "no interrupted run")
     refused(["train"], "no recipe; choose one of")
