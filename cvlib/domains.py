@@ -4,8 +4,8 @@ A general model that goes on learning from one profession's rows can lose two th
 rules a reader can check by hand:
 
 * **Whom it answers like.** Chinese-Vicuna phrased the same medical rows in three ways and reported, without numbers,
-  that some of them made a doctor of the model whatever it was asked. `phrased` writes the three ways, `like_a_doctor`
-  is the rule that counts.
+  that some of them made a doctor of the model whatever it was asked. `phrased` writes the three ways; `tell_tales` and
+  `sounds_like` are the rule that counts.
 * **What it cites.** A legal answer names an article. Whether that article exists can be looked up in the asset
   `china-law`; whether it is the right one cannot be seen from its existence, so there are `distractors` for it.
 
@@ -17,12 +17,15 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from cvlib import InputError
+from cvlib.evaluation import is_han
 from cvlib.messages import Conversation, Message
 from cvlib.sources import pick
 
@@ -36,11 +39,6 @@ SEVERAL = (
 )
 FIXED = "你是一名医生，请回答病人的问题。"
 WAYS = ("question only", "five instructions", "one instruction")
-
-#: Words of a consulting room.
-CLINICAL = re.compile(
-    "就医|就诊|医生|医院|门诊|急诊|症状|病情|诊断|治疗|检查|用药|服药|药物|患者|病人|复查|感染|炎|疼痛|血压|血糖|发热"
-)
 
 
 def phrased(row: Conversation, way: str) -> Conversation:
@@ -67,13 +65,31 @@ def phrased(row: Conversation, way: str) -> Conversation:
     return [Message("user", prompts[way], question.entry or question.content), *rest]
 
 
-def like_a_doctor(answer: str) -> bool:
-    """Whether an answer holds a word of `CLINICAL`. Chapter 10 counts how often the rule itself is wrong.
+def pairs(text: str) -> set[str]:
+    """Every two neighbouring Chinese characters of a text.
 
-    >>> [like_a_doctor(text) for text in ("多数是感冒，建议到医院检查。", "冒泡排序比较相邻的两个数。")]
-    [True, False]
+    >>> sorted(pairs("看医生, 好"))
+    ['医生', '看医']
     """
-    return CLINICAL.search(answer) is not None
+    return {a + b for a, b in pairwise(text) if is_han(a) and is_han(b)}
+
+
+def tell_tales(answers: Iterable[str], general: Iterable[str], least: int = 4) -> set[str]:
+    """What gives a profession away: pairs of characters in at least `least` of its answers and in no general text.
+
+    Derived from training rows alone, so that the rule can be tried on held-out answers of both kinds.
+
+    >>> sorted(tell_tales(["请就医。", "尽快就医。", "请休息。"], ["请坐。", "尽快来。"], least=2))
+    ['就医']
+    """
+    count = Counter(pair for answer in answers for pair in pairs(answer))
+    elsewhere = set().union(*map(pairs, general))
+    return {pair for pair, times in count.items() if times >= least and pair not in elsewhere}
+
+
+def sounds_like(answer: str, tales: set[str]) -> bool:
+    """Whether an answer holds one of a profession's tell-tale pairs."""
+    return not pairs(answer).isdisjoint(tales)
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,17 @@ def test_an_unknown_way_is_refused(medical):
         domains.phrased(medical[0], "doctor")
 
 
-def test_the_rule_for_doctors_tells_the_books_own_answers_apart(medical):
-    """What chapter 10 prints as the rule's own errors, bounded."""
-    others = [row for row in messages.read(ROOT / "data_samples" / "belle_zh.jsonl") if messages.held_out(row)]
-    seen = [domains.like_a_doctor(row[-1].content) for row in medical]
-    wrong = [domains.like_a_doctor(row[-1].content) for row in others]
-    assert sum(seen) / len(seen) > 0.95
-    assert sum(wrong) / len(wrong) < 0.05
+def test_tell_tales_of_doctors_are_in_doctors_answers_only(medical):
+    """What chapter 10 prints as the rule's own errors, bounded; and the rule comes from training rows alone."""
+    files = [ROOT / "data_samples" / f"{name}.jsonl" for name in ("belle_zh", "chat_zh", "guanaco_multi")]
+    train, held_out = messages.split(row for file in files for row in messages.read(file))
+    learnt, others = messages.split(medical)
+    tales = domains.tell_tales((row[-1].content for row in learnt), (turn.content for row in train for turn in row))
+    seen = [domains.sounds_like(row[-1].content[:30], tales) for row in others]
+    wrong = [domains.sounds_like(row[-1].content[:30], tales) for row in held_out]
+    assert sum(seen) / len(seen) > 0.8
+    assert sum(wrong) / len(wrong) < 0.1
+    assert not any(domains.sounds_like(turn.content, tales) for row in train for turn in row)
 
 
 def test_general_prompts_are_nobodys_training_rows(general):
@@ -68,13 +72,10 @@ def test_general_prompts_are_nobodys_training_rows(general):
     reference = Reference(general, [(text, "") for text in general])
     assert not any(reference.found_in(rows))
     assert not set(general) & set(showcase)
-    assert not any(map(domains.like_a_doctor, general))
 
 
 def test_citations_in_the_words_people_use():
-    text = (
-        "《中华人民共和国民法典》第1071条、《劳动合同法》的第八十二条，《刑法》第一百三十三条之一；《史记》第三回。"
-    )
+    text = "《中华人民共和国民法典》第1071条、《劳动合同法》的第八十二条，《刑法》第一百三十三条之一；《史记》第三回。"
     found = ["《民法典》第一千零七十一条", "《劳动合同法》第八十二条", "《刑法》第一百三十三条之一"]
     assert list(map(str, domains.citations(text))) == found
 
