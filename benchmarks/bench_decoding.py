@@ -27,7 +27,7 @@ from cvlib.recipes import Decoding
 NAME, BASE = "12-decoding", "smollm2-135m"
 FORMATS = {"float32": (16, "float32"), "bfloat16": (16, "bfloat16"), "int8": (8, "bfloat16"), "NF4": (4, "bfloat16")}
 QUANTS = ("f16", "q8_0", "q4_0")
-THREADS, PROMPT, ANSWER, BATCH = (1, 2), 256, 25, 4
+THREADS, PROMPT, ANSWER, BATCH = sorted({1, os.cpu_count()}), 256, 25, 4
 GREEDY = Decoding(temperature=0, repetition_penalty=1, max_new_tokens=ANSWER)
 
 
