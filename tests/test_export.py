@@ -1,6 +1,8 @@
 """Export: what was merged answers as the adapter did, what was written for llama.cpp answers as transformers does."""
 
+import importlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -587,3 +589,19 @@ def test_the_price_of_a_format_in_bits_per_byte(filled, tokenizer, tmp_path):
         found[quant] = abs(price() / exact - 1)
     assert found["q8_0"] < 0.01
     assert found["q8_0"] < found["q4_0"] < 0.3
+
+
+def test_the_stored_study_of_formats_is_what_the_weights_say_again(monkeypatch):
+    """One cell of `benchmarks/12_inference.py` afresh, and what the chapter says of all of them."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("12_inference")
+    rows = json.loads((ROOT / "benchmarks/results/12-inference.json").read_text(encoding="utf-8"))["rows"]
+    name = "minilm, never quantised"
+    stored = {row["arm"]: row["error"] for row in rows if row.get("checkpoint") == name}
+    again = study.weight_errors(name, study.inside_blocks(assets.fetch("minilm"), "encoder.layer"))
+    assert {row["arm"]: row["error"] for row in again} == pytest.approx(stored, abs=1e-5)
+    found = {(row["arm"], row["language"]): row for row in rows if row["measurement"] == "bits per byte"}
+    assert {arm for arm, _ in found} == set(study.ARMS)
+    for row in found.values():
+        assert len(row["nll"]) == len(row["bytes"]) == study.HELD_OUT
+        assert sum(row["nll"]) / math.log(2) / sum(row["bytes"]) == pytest.approx(row["bpb"], abs=1e-4)
