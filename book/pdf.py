@@ -60,9 +60,11 @@ def printed(page: Path) -> bytes:
     options = webdriver.ChromeOptions()
     for flag in ("headless", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~NOTFOUND"):
         options.add_argument(f"--{flag}")
+    options.page_load_strategy = "eager"  # the text is enough; WAIT waits for the rest
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        driver.set_script_timeout(600)
+        driver.set_page_load_timeout(900)
+        driver.set_script_timeout(900)
         driver.command_executor.client_config.timeout = 900
         driver.get(f"file://{page}")
         driver.execute_script("document.documentElement.dataset.theme = 'light'")
