@@ -204,10 +204,9 @@ def page(engines: dict[str, Engine], decoding: Decoding, system: str = ""):
         again = moved.then(does.again, inputs, all_shown, **computing, **quiet)
         halt = {"cancels": [asked, again], **at_once}
         stop.click(None, **halt)
-        undo.click(
-            lambda columns: shown(*taken_back(columns)[:1], text=taken_back(columns)[1]), turns, all_shown, **halt
-        )
-        reset.click(lambda: shown([[] for _ in engines]), None, all_shown, **halt)
+        undo.click(does.back, turns, all_shown, **halt)
+        anew = [reset.click, *(box.clear for box in boxes)]
+        gr.on(anew, lambda: shown([[] for _ in engines]), None, all_shown, **halt)
         download.click(does.transcript, [turns, told], written, **at_once).then(None, written, js=DOWNLOAD, **at_once)
     return built.queue(max_size=32, api_open=False)
 
