@@ -259,7 +259,7 @@ def test_trap_12_two_processes_are_one_at_the_same_effective_batch(make, tmp_pat
     path = tmp_path / "quiet.yaml"
     path.write_text(yaml.safe_dump(make("schedule.max_steps=3").as_dict()), encoding="utf-8")
     alone = train(make("schedule.max_steps=3"), tmp_path / "alone").folder
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "cvlib")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "cvlib")
     both = command(path, "-o", tmp_path / "both", launcher=launcher)
     said, bar = both.communicate(timeout=500)
     assert both.returncode == 0, bar

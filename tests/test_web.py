@@ -172,7 +172,10 @@ class User:
     def said(self):
         """Texts of the columns: their bubbles, in order."""
         columns = self.driver.find_elements("css selector", ".said")
-        return [[b.text for b in column.find_elements("css selector", "[data-testid=user], [data-testid=bot]")] for column in columns]
+        return [
+            [b.text for b in column.find_elements("css selector", "[data-testid=user], [data-testid=bot]")]
+            for column in columns
+        ]
 
     def until(self, condition, seconds=30):
         end = time.time() + seconds
