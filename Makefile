@@ -42,7 +42,7 @@ lint: $(READY)
 
 unit: $(READY)
 	$(BIN)/cvlib assets smollm2-135m
-	$(BIN)/python -m pytest tests cvlib --ignore tests/book
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests cvlib --ignore tests/book
 
 lab: $(READY)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir .

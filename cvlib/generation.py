@@ -172,4 +172,4 @@ def _batch(model, tokenizer, starts: list[list[int]], ends: set[int], decoding: 
                     written[row].append(token)
         if len(done) == len(starts):
             break
-    return [(tokenizer.decode(row, skip_special_tokens=True), place in done) for place, row in enumerate(written)]
+    return [("".join(spell(iter(row), tokenizer)), place in done) for place, row in enumerate(written)]

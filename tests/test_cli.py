@@ -13,7 +13,7 @@ from cvlib.__main__ import main
 from cvlib.commands import machine
 
 GOOD = '{"instruction": "问题%d", "output": "好"}\n'
-COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["export"], ["chat"]]
+COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["export"], ["chat"], ["serve"]]
 COMMANDS += [["vocab", action] for action in ("train", "merge", "extend", "audit", "fertility")]
 COMMANDS += [["data", action] for action in ("check", "mix")]
 

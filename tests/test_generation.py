@@ -59,6 +59,16 @@ def test_answers_equal_streams(model, tokenizer, talk, reference):
     assert said == wanted
 
 
+def test_an_answer_cut_inside_a_character_leaves_it_out(model, tokenizer, talk):
+    asked = talk("请介绍一下北京。")
+    (row,) = drawn(model, [start(asked, tokenizer)], replace(GREEDY, max_new_tokens=24))
+    torn = [n for n in range(1, 25) if tokenizer.decode(row[:n]).endswith("\N{REPLACEMENT CHARACTER}")]
+    decoding = replace(GREEDY, max_new_tokens=torn[0])
+    (said,) = answers(model, tokenizer, [asked], "chatml", decoding)
+    assert "\N{REPLACEMENT CHARACTER}" not in said
+    assert said == "".join(stream(model, tokenizer, asked, "chatml", decoding))
+
+
 def test_an_answer_stops_at_its_end_token(model, tokenizer, talk):
     asked = talk("Answer with one word only: what is the capital of France?")
     decoding = Decoding(temperature=0, repetition_penalty=1, max_new_tokens=12)
