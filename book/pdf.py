@@ -48,6 +48,7 @@ def main() -> int:
     if built.returncode or not page.exists():
         print(built.stderr or built.stdout, file=sys.stderr)
         return 1
+    page = page.replace(page.parent.parent / "index.html")  # its own links start at the top, and are broken below it
     OUT.write_bytes(printed(page))
     print(f"the PDF: {OUT}, {OUT.stat().st_size / 1e6:.1f} MB")
     return 0
