@@ -32,7 +32,7 @@ from cvlib.sources import pick
 #: What stands before a patient's question, in the second and the third way.
 SEVERAL = (
     "请像医生一样回答下面的问题。",
-    "有人来咨询身体不适，请给出建议。",
+    "有人因身体不适前来咨询，请给出建议。",
     "阅读这段病情描述，然后作答。",
     "你在医院坐诊，请回复这位咨询者。",
     "请根据医学常识，解答这个健康问题。",
@@ -51,7 +51,7 @@ def phrased(row: Conversation, way: str) -> Conversation:
     >>> for way in WAYS:
     ...     print(phrased(row, way)[0].content.replace("\\n", " | "))
     嗓子疼怎么办？
-    有人来咨询身体不适，请给出建议。 | 嗓子疼怎么办？
+    有人因身体不适前来咨询，请给出建议。 | 嗓子疼怎么办？
     你是一名医生，请回答病人的问题。 | 病人：嗓子疼怎么办？
     """
     question, *rest = row

@@ -1,5 +1,7 @@
 """What the unit tests share: the real model in float32, its tokenizer, a tiny model where only training is tested."""
 
+import signal
+
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ def conversation(*texts, system=None):
     """Texts as turns: user, assistant, user, …"""
     turns = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     return [Message("system", system), *turns] if system else turns
+
+
+@pytest.fixture(autouse=True, scope="session")
+def keyboard():
+    """Python's own answer to Ctrl-C, here and in the programs that tests start: a shell's `&` takes it away."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,6 @@ from cvlib.recipes import Decoding
 from cvlib.templates import render
 
 
-@pytest.fixture(autouse=True)
-def keyboard():
-    """Python's own answer to Ctrl-C, also where the tests run in the background and inherit an ignored SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Script(Engine):
     """An engine that answers from a script; `asked` records the conversations it was asked with, and how."""
 
