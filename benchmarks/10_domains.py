@@ -9,7 +9,7 @@ are kept.
 * *regime*, one seed: a lower rate, a higher one, and four passes over a quarter of the rows. How bad can it get?
 * *replay*: 10, 25, 50 and, as a control, all of the rows are general ones; 0 % is the last phrasing.
 * *law*: legal rows; which articles the answers cite, and whether the right one is likelier than three others.
-* *leak*: half of the medical rows to be scored are among the training rows (trap 19).
+* *leak*: half of the medical rows to be scored are among the training rows (trap 19), as `leaked` says.
 * *weights*: no training: the medical update times λ, and the medical and the legal one added.
 * *matrices*: only the adapters of q and v go on learning.
 
@@ -69,7 +69,7 @@ ARMS = [
     *(Arm("regime", f"rate 0.005, four passes, {way}", way=way, rate=5e-3, passes=4) for way in domains.WAYS),
     *(Arm("replay", f"{share:.0%}", replay=share) for share in (0.1, 0.25, 0.5, 1.0)),
     Arm("law", "law", domain="law", way="question only"),
-    Arm("leak", "leak", passes=3, leak=True),
+    Arm("leak", "leak", leak=True),
     *(Arm("weights", f"medical × {by:g}", weights=(1 - by, by, 0.0)) for by in (0.25, 0.5, 0.75, 1.25)),
     Arm("weights", "medical + law", weights=(-1.0, 1.0, 1.0)),
     Arm("weights", "(medical + law) / 2", weights=(0.0, 0.5, 0.5)),
@@ -169,7 +169,7 @@ def examples(arm, seed, data, tokenizer, budget):
 
 
 def train(arm, seed, data, budget):
-    """The shipped adapter, trained on: model, tokenizer, tokens seen, losses."""
+    """The shipped adapter, trained on: model, tokenizer, the rows' tokens, losses."""
     torch.manual_seed(seed)
     model, tokenizer = loading.load(BASE)
     model = adapters.continue_adapter(model, START, RECIPE.adapter, BASE).train()
@@ -190,7 +190,7 @@ def train(arm, seed, data, budget):
         schedule.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
-    return model, tokenizer, sum(map(len, rows)), losses
+    return model, tokenizer, list(map(len, rows)), losses
 
 
 def added(arm, seed):
@@ -251,9 +251,9 @@ def one(arm, seed, data, budget=TOKENS):
     """Train or add, measure and keep: the arm's row of the results."""
     began = time.process_time()
     if arm.weights:
-        (model, tokenizer), used, losses = added(arm, seed), 0, []
+        (model, tokenizer), lengths, losses = added(arm, seed), [], []
     else:
-        model, tokenizer, used, losses = train(arm, seed, data, budget)
+        model, tokenizer, lengths, losses = train(arm, seed, data, budget)
     trained = time.process_time()
     if arm.part == "law" or (arm.part, arm.name) == ("phrasing", MEDICAL):
         keep(model, arm.domain, seed)
@@ -264,7 +264,9 @@ def one(arm, seed, data, budget=TOKENS):
         "part": arm.part,
         "arm": arm.name,
         "seed": seed,
-        "tokens": used,
+        "tokens": sum(lengths),
+        "rows": len(lengths),
+        "leaked": ROWS // 2 if arm.leak else 0,
         "cpu_seconds": seconds,
         "losses": losses,
         **found,
@@ -286,7 +288,7 @@ def before(data):
         rows = [domains.phrased(row, way) for row in data.scored["medical"]]
         nats = evaluation.score(model, tokenizer, rows, RECIPE.template).nll
         found["sets"][f"medical, {way}"] = [round(value, 3) for value in nats]
-    return {"part": "before", "arm": "before", "seed": 0, "tokens": 0, **found}
+    return {"part": "before", "arm": "before", "seed": 0, "tokens": 0, "rows": 0, "leaked": 0, **found}
 
 
 def order():

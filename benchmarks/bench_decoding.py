@@ -32,8 +32,8 @@ GREEDY = Decoding(temperature=0, repetition_penalty=1, max_new_tokens=ANSWER)
 
 
 def bandwidth():
-    """Bytes a second at which a matrix of 512 MiB is read: the better of a sum and a matrix-vector product."""
-    W, x, times = torch.ones(4096, 32768), torch.ones(32768), []
+    """Bytes a second at which a matrix of 2 GiB is read: the better of a sum and a matrix-vector product."""
+    W, x, times = torch.ones(8192, 65536), torch.ones(65536), []
     for work in (W.sum, lambda: W @ x) * 3:
         began = time.perf_counter()
         work()

@@ -23,6 +23,10 @@ from cvlib.recipes import Decoding
 from cvlib.sampling import probabilities
 from cvlib.templates import find, prompt
 
+#: Prompts are padded to a multiple of this many tokens: PyTorch keeps code for every length it has met, on a CPU about
+#: 2 MB each, and a chat meets a new one at every turn.
+LENGTHS = 32
+
 #: What a decoder writes where bytes are no character: not one, or not yet.
 TORN = "\N{REPLACEMENT CHARACTER}"
 
@@ -31,12 +35,12 @@ TORN = "\N{REPLACEMENT CHARACTER}"
 def tokens(model, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[list[int]]:
     """One new token for every prompt at each step, until `max_new_tokens`.
 
-    Prompts of unequal length are padded on the left, so that all of them end where the answer begins. Only the answer
+    Prompts are padded on the left to one length, so that all of them end where the answer begins. Only the answer
     is penalised for repeating itself, unless `decoding.penalise` is "all": a penalty on the prompt's tokens forbids
     an answer to use the question's own words (trap 18).
     """
     model.eval()
-    device, longest = model.device, max(map(len, prompts))
+    device, longest = model.device, -(-max(map(len, prompts)) // LENGTHS) * LENGTHS
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
     draws = torch.Generator().manual_seed(decoding.seed)

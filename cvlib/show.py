@@ -94,7 +94,9 @@ def intervals(
     axes = figure(x, "", title)
     for name, value in (marks or {}).items():
         axes.axvline(value, color="black", ls="--", lw=1)
-        axes.text(value, -0.75, f" {name}", va="bottom", size=8)
+        axes.text(value, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", size=8)
+    if marks:
+        axes.set_title(title, pad=18)  # room for their names
     for place, (value, low, high) in enumerate(points.values()):
         axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=PALETTE[place % 7])
     axes.set_yticks(range(len(points)), list(points))

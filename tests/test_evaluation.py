@@ -257,7 +257,7 @@ def test_share_of_chinese_characters(texts, share):
 # models that do not belong together
 
 
-def test_a_tokenizer_that_is_not_the_adapters(make, llama_tokenizer, tmp_path, refused):
+def test_a_tokenizer_that_is_not_the_adapters(make, llama_tokenizer, tmp_path, refused, capsys):
     """Somebody copied another model's tokenizer over the adapter's; or lost the one its new rows were trained with."""
     import json
     from types import SimpleNamespace
@@ -266,6 +266,7 @@ def test_a_tokenizer_that_is_not_the_adapters(make, llama_tokenizer, tmp_path, r
 
     folder = training.train(make("schedule.max_steps=1"), tmp_path / "run").folder
     llama_tokenizer[0].save_pretrained(folder)
+    capsys.readouterr()  # the bar of the training
     refused(
         ["evaluate", "--adapter", folder], f"{folder}: trained with a tokenizer of", "the one here has 32,000; put back"
     )

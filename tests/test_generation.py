@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvlib.batching import prompt_ids
-from cvlib.generation import answers, end_tokens, spell, stream, tokens, until
+from cvlib.generation import LENGTHS, answers, end_tokens, spell, stream, tokens, until
 from cvlib.recipes import Decoding
 from cvlib.templates import prompt
 
@@ -67,6 +67,19 @@ def test_an_answer_cut_inside_a_character_leaves_it_out(model, tokenizer, talk):
     (said,) = answers(model, tokenizer, [asked], "chatml", decoding)
     assert "\N{REPLACEMENT CHARACTER}" not in said
     assert said == "".join(stream(model, tokenizer, asked, "chatml", decoding))
+
+
+def test_prompts_come_in_few_lengths(model, tokenizer, talk):
+    """PyTorch keeps code for each length that it meets: an hour of chat must not fill the memory with it."""
+    seen = []
+    note = model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    for count in (1, 5, 9):
+        list(tokens(model, [start(talk("Hello. " * count), tokenizer)], Decoding(max_new_tokens=1)))
+    note.remove()
+    assert all(length % LENGTHS == 0 for length in seen)
+    assert len(set(seen)) < 3
 
 
 def test_an_answer_stops_at_its_end_token(model, tokenizer, talk):
