@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    began, rows, folder = time.perf_counter(), [], loading.resolve(BASE)
+    began, rows, folder = time.perf_counter(), [], Path(loading.resolve(BASE))
     load = os.getloadavg()[0]  # how many others wanted the processor when we began: 0 on a quiet machine
     with tempfile.TemporaryDirectory() as place:
         files = {quant: Path(place) / f"{quant}.gguf" for quant in QUANTS}
