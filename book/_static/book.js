@@ -2,6 +2,11 @@
 document.addEventListener("DOMContentLoaded", () => {
   const named = document.querySelectorAll(".search-button__button, details > summary[aria-label]");
   for (const control of named) control.removeAttribute("aria-label");
+  for (const arrow of document.querySelectorAll("summary > .toctree-toggle")) {  // an arrow shows no name at all
+    const entry = arrow.closest("li").querySelector("a").textContent.trim();
+    arrow.parentElement.setAttribute("aria-label", `pages of ${entry}`);
+  }
+  for (const entry of document.querySelectorAll(".citation-list > *")) entry.setAttribute("role", "listitem");
 });
 
 // The index holds words of Chinese, as jieba cuts them. A query is written without spaces: cut it into the longest words
