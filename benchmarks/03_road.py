@@ -25,7 +25,20 @@ from pathlib import Path
 import study
 import torch
 
-from cvlib import ROOT, batching, evaluation, export, extension, loading, messages, recipes, texts, training
+from cvlib import (
+    ROOT,
+    batching,
+    embeddings,
+    engines,
+    evaluation,
+    export,
+    extension,
+    loading,
+    messages,
+    recipes,
+    texts,
+    training,
+)
 
 NAME, BASE, PIECES, SEEDS, ARMS = "03-road", "smollm2-135m", 2048, (0, 1, 2), ("own", "grown")
 TEXT_BYTES, ROWS, LONGEST = 40_000, 128, 300  # text read, instruction rows, characters of the longest line taken
@@ -90,9 +103,9 @@ def rows_file(path, seed, count):
     return path
 
 
-def travelled(arm, seed, grown, held_text, held_out, size=TEXT_BYTES, count=ROWS):
-    """One arm down the whole road; its scores after each leg, and where its adapter lies."""
-    here = RUNS / f"{arm}-{seed}"
+def travelled(arm, seed, grown, held_text, held_out, size=TEXT_BYTES, count=ROWS, runs=RUNS):
+    """One arm down the whole road, its adapters under `runs`; its scores after each leg."""
+    here = runs / f"{arm}-{seed}"
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
     text = here / "text.txt"
@@ -115,8 +128,6 @@ def travelled(arm, seed, grown, held_text, held_out, size=TEXT_BYTES, count=ROWS
 
 def start(arm, grown, held_text, held_out):
     """Where an arm stands before it has read anything."""
-    from cvlib import embeddings
-
     model, tokenizer = loading.load(BASE)
     if arm == "grown":
         embeddings.grow(model, embeddings.spelt(grown, loading.resolve(BASE)))
@@ -126,17 +137,16 @@ def start(arm, grown, held_text, held_out):
 
 def answers(arm, seed=SEEDS[0], tokens=96):
     """The merged model as a GGUF, asked by llama.cpp: answers, and what they cost."""
-    from cvlib.engines import LlamaCpp
-
     here = RUNS / f"{arm}-{seed}"
     file = here / "road.gguf"
     if not file.is_file():
         merged = export.merge(BASE, [here / "tuned"], here / "merged", dtype="float32")
         export.gguf(merged.folder, file, "f16")
-    engine = LlamaCpp(file)
+    engine = engines.LlamaCpp(file)
     tokenizer = loading.read_tokenizer(str(here / "merged"))
     decoding = recipes.Decoding(temperature=0, repetition_penalty=1.1, max_new_tokens=tokens)
     said, seconds = [], 0.0
+    list(engine.stream([messages.Message("user", "你好")], decoding))  # the first answer of an engine is slower
     for question in json.loads((ROOT / "data_samples/showcase.json").read_text(encoding="utf-8")):
         began = time.perf_counter()
         text = "".join(engine.stream([messages.Message("user", question)], decoding))
@@ -154,7 +164,7 @@ def main():
         grown, held_text, held_out = prepared(Path(folder))
         if options.budget == "smoke":
             for arm in ARMS:
-                print(travelled(arm, 0, grown, held_text, held_out, size=3_000, count=8))
+                print(travelled(arm, 0, grown, held_text, held_out, size=3_000, count=8, runs=Path(folder)))
             return 0
         about = {"base": BASE, "pieces": PIECES, "text_bytes": TEXT_BYTES, "instruction_rows": ROWS}
         about["start"] = {arm: start(arm, grown, held_text, held_out) for arm in ARMS}

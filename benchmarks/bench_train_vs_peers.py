@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from cvlib import adapters, loading, recipes, training
 from cvlib.batching import IGNORE_INDEX, Example, flatten
 
-NAME, CUT, PACKED, ROWS, ROUNDS, SEED = "train-vs-peers", 256, 512, 40, 3, 0
+NAME, CUT, PACKED, ROWS, ROUNDS, SEED = "train-vs-peers", 256, 512, 40, 4, 0
 FILES = ["data_samples/belle_zh.jsonl", "data_samples/guanaco_multi.jsonl", "data_samples/alpaca_en.jsonl"]
 
 

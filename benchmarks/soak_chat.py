@@ -7,8 +7,7 @@ message that is too long or a system prompt. A quarter of the answers is stopped
 
 After every answer what was shown is held against the tokens that were drawn: U+FFFD may stand only where the model
 wrote bytes that are no character. Memory is the resident set of the process, every half minute; "flat" means that a
-straight line through the second half climbs by less than 2 % an hour. In the first half the model still meets lengths
-it has not seen, and PyTorch keeps compiled code for each.
+straight line through all but the first quarter climbs by less than 2 % an hour.
 
 To leave the machine to others the script sleeps three times as long as it computed: a quarter of one core at most.
 
@@ -131,8 +130,8 @@ def resident() -> float:
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
-    """MB an hour: a straight line through the second half of the (minute, MB) samples."""
-    late = [sample for sample in samples if sample[0] >= samples[-1][0] / 2]
+    """MB an hour: a straight line through all but the first quarter of the (minute, MB) samples."""
+    late = samples[len(samples) // 4 :]
     return statistics.linear_regression(*zip(*late, strict=True)).slope * 60 if len(late) > 2 else float("nan")
 
 

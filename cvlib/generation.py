@@ -23,8 +23,8 @@ from cvlib.recipes import Decoding
 from cvlib.sampling import probabilities
 from cvlib.templates import find, prompt
 
-#: Prompts are padded to a multiple of this many tokens: PyTorch keeps code for every length it has met, on a CPU about
-#: 2 MB each, and a chat meets a new one at every turn.
+#: Prompts are padded to a multiple of this many tokens: on a CPU PyTorch keeps compiled code for every length it has
+#: met, and a chat meets a new one at every turn.
 LENGTHS = 32
 
 #: What a decoder writes where bytes are no character: not one, or not yet.
