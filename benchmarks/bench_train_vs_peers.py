@@ -3,7 +3,7 @@
 Useful is an answer's token that is learnt; padding, prompts and answers cut away are not. The same rows, model, adapter
 and optimiser for every arm, in one process, the arms in turn so that whatever else the machine does hits all alike.
 
-* ours: the default. Conversations end to end without padding, logits at labelled positions only.
+* ours: the default. Conversations end to end without padding, attention within each, logits at labelled positions only.
 * vicuna: Chinese-Vicuna's script. Every row cut and padded to 256 tokens, four at once, the prompt in the loss.
 * trl: TRL's `SFTTrainer`, packing conversations into 512 tokens, loss on the answers.
 
@@ -20,7 +20,7 @@ import study
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cvlib import adapters, loading, recipes, training
+from cvlib import adapters, attention, loading, recipes, training
 from cvlib.batching import IGNORE_INDEX, Example, flatten
 
 NAME, CUT, PACKED, ROWS, ROUNDS, SEED = "train-vs-peers", 256, 512, 40, 4, 0
@@ -37,9 +37,10 @@ class Clock(TrainerCallback):
         self.processor, self.wall = time.process_time() - self.start[0], time.perf_counter() - self.start[1]
 
 
-def prepared(recipe):
+def prepared(recipe, kernel):
     """The running model with a fresh adapter of the recipe."""
     model, tokenizer = loading.load(recipe.base, dtype=recipe.dtype)
+    model.set_attn_implementation(kernel)
     torch.manual_seed(SEED)
     return adapters.add_adapter(model, recipe.adapter, recipe.base), tokenizer
 
@@ -65,7 +66,7 @@ def settings(folder, rows):
 
 def ours(examples, recipe, folder, clock):
     """`cvlib.training` as `cvlib train` runs it."""
-    model, _ = prepared(recipe)
+    model, _ = prepared(recipe, attention.NAME)
     options = {"data_collator": flatten, "callbacks": [clock]}
     chosen = training.arguments(recipe, folder, model)
     return training.AnswerTrainer(
@@ -75,7 +76,7 @@ def ours(examples, recipe, folder, clock):
 
 def vicuna(examples, recipe, folder, clock):
     """Cut at 256, padded to 256, every token of prompt and answer a label, padding seen by attention."""
-    model, tokenizer = prepared(recipe)
+    model, tokenizer = prepared(recipe, "sdpa")
 
     def batch(rows):
         ids = [row.input_ids[:CUT] for row in rows]
@@ -92,7 +93,7 @@ def trl(examples, recipe, folder, clock):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = prepared(recipe)
+    model, tokenizer = prepared(recipe, "sdpa")
     masks = [[int(label != IGNORE_INDEX) for label in row.labels] for row in examples]
     rows = Dataset.from_dict({"input_ids": [row.input_ids for row in examples], "assistant_masks": masks})
     options = settings(folder, 1) | {"gradient_accumulation_steps": 3}  # about eight conversations a step

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from cvlib import adapters, batching, evaluation, loading, memory, recipes, shapes
+from cvlib import adapters, attention, batching, evaluation, loading, memory, recipes, shapes
 from cvlib.activations import Step
 from cvlib.commands.machine import CARDS
 
@@ -103,6 +103,7 @@ def build(shape, bits, card):
     sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab}
     config = LlamaConfig(**sizes, **heads, max_position_embeddings=MOST * max(LENGTHS))
+    config._attn_implementation = attention.NAME
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(card.dtype)
     replace_with_bnb_linear(model, ["lm_head"], loading.quantization(bits, card.dtype))
@@ -126,7 +127,7 @@ def filled(weight, card):
     return type(weight)(made, requires_grad=False, **about).to(card.device)
 
 
-def attention(card):
+def kernels(card):
     """The attention kernels that a Turing card has."""
     return nullcontext() if card.rehearse else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -290,7 +291,7 @@ def main():
         "context": card.context,
         "capability": None if options.rehearse else list(torch.cuda.get_device_capability()),
     }
-    with attention(card):
+    with kernels(card):
         for make in (answering, training):
             for row in make(card, list(done), late):
                 done.append(row)

@@ -37,7 +37,7 @@ class Step:
 
     tokens: int
     labelled: int
-    packed: bool = False  # several conversations share the row, so attention gets a (tokens, tokens) mask
+    packed: bool = False  # several conversations share the row, and attention takes each on its own
     bits: int = 16
     dtype: str = "bfloat16"
     device: str = "cuda"
@@ -72,8 +72,7 @@ def block_saves(shape: Shape, adapter: Adapter, step: Step, first: bool = False)
     >>> saves["norms"] == 2 * 4 * 32 * (64 + 1), saves["MLP"] == 3 * 2 * 32 * 160
     (True, True)
     """
-    t, e, q = step.tokens, step.element, shape.query_width
-    kv = q if step.packed else shape.key_width  # with a mask, transformers repeats keys and values for every head
+    t, e, q, kv = step.tokens, step.element, shape.query_width, shape.key_width
     flows, reached = {}, not first  # whether a gradient goes back into each of the four tensors
     for name, source in READS.items():
         flows.setdefault(source, reached)
@@ -82,7 +81,6 @@ def block_saves(shape: Shape, adapter: Adapter, step: Step, first: bool = False)
     return {
         "norms": 4 * t * _normalised(shape, adapter, first, flows),
         "attention": flows["attention"] * t * (2 * e * (q + kv) + 4 * shape.heads),  # and a float32 log-sum a head
-        "mask": flows["attention"] * step.packed * e * t * t,
         "MLP": e * t * shape.intermediate * gated,  # gate before and after SiLU, and up
         "adapters": sum(_adapter(shape, adapter, step, name, flows[READS[name]]) for name in adapter.targets),
         "shared inputs": _shared(shape, adapter, step, flows),
@@ -117,8 +115,8 @@ def _shared(shape: Shape, adapter: Adapter, step: Step, flows: dict[str, bool]) 
     """Tensors of the block kept because an int8 matrix, or an adapter without a copy of its own, reads them."""
     read = {READS[name] for name in adapter.targets if not _own_input(adapter, step, False)}
     read |= {source for source in flows if step.bits == 8 and flows[source]}
-    if flows["attention"]:
-        read.discard("attention")  # its output is kept already
+    if flows["attention"] and not step.packed:
+        read.discard("attention")  # its output is kept already; of a packed row, the parts are and not the whole
     widths = {source: shape.matrices[name][1] for name, source in READS.items()}
     return sum(step.element * step.tokens * widths[source] for source in read)
 

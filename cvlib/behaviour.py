@@ -3,7 +3,7 @@
 A small model's usual failure is not a wrong fact. It says the same again until the room is used up. Three numbers show
 it, each for one answer, so that an interval over answers can be given:
 
-* **longest loop**: characters covered by the longest stretch that says one piece three times or more in a row;
+* **longest loop**: units covered by the longest stretch that says one piece three times or more in a row;
 * **distinct-n** (Li et al. 2016): different n-grams over all n-grams, 1 for an answer that repeats nothing;
 * **never stopped**: the answer used all its tokens and did not write its end token.
 

@@ -29,10 +29,6 @@ from cvlib.messages import Conversation
 SHINGLE = 5  # characters
 TURN = "\x1e"  # ends each turn of a conversation; `normal` removes it from people's own text
 BANDS, PER_BAND = 14, 8
-CONTAINED = 0.8  # a row that holds this share of a held-out text's shingles gives it away
-DISTINCTIVE = (
-    12  # a held-out text of fewer shingles than this could be met anywhere: it counts only as a whole question
-)
 
 
 def normal(text: str) -> str:

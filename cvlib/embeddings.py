@@ -7,7 +7,7 @@ start?
 * **mean**: the mean of the rows of its *sub-pieces*, the old pieces that spelt its text until now. 北京 begins halfway
   between what the model already read in its place. It costs nothing and needs no data.
 * **random**: N(0, 0.02), the usual default of a resize. A stranger, and a quiet one: real rows are much longer.
-* **zero**: nothing on the way in; on the way out a logit of exactly 0, which is *not* improbable.
+* **zero**: nothing on the way in; on the way out a logit of exactly 0, far below those of likely pieces.
 
 Only the new rows are trained, by peft's `trainable_token_indices`: the old rows cannot move, carry no optimiser state,
 and an adapter folder holds the new rows and nothing else. `modules_to_save` would train and store the whole matrix,

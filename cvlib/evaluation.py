@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from cvlib import InputError, intervals
+from cvlib.attention import starts
 from cvlib.batching import IGNORE_INDEX, Example, answers_only, document_marks, encode, flatten, groups
 from cvlib.messages import Conversation
 from cvlib.show import Table
@@ -36,6 +37,7 @@ def token_losses(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     out = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
+        conversations=starts(batch["position_ids"]),
         use_cache=False,  # with a cache, transformers would let conversations see each other
         logits_to_keep=at,
     )

@@ -54,10 +54,13 @@ def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | N
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from cvlib import attention
+
     here, native = device_and_dtype()
     compute = getattr(torch, native if dtype == "auto" else dtype)
     place = {"": here if device == "auto" else device}
     options = {"dtype": compute, "device_map": place, "quantization_config": quantization(bits, compute)}
+    options["attn_implementation"] = attention.NAME
     if adapter:
         belongs(adapter, base)
     folder = resolve(base)

@@ -33,6 +33,7 @@ ORDER = (
     "duplicates",
     "contamination",
     "mixture",
+    "attention",
     "batching",
     "census",
     "embeddings",

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from cvlib import loading, recipes
+from cvlib import attention, loading, recipes
 from cvlib.activations import Step
 from cvlib.evaluation import token_losses
 from cvlib.memory import budget, drawing, moments, of_recipe, reported, serving, table
@@ -55,7 +55,8 @@ def prepared(folder, bits, adapter, checkpointing=False):
     if bits < 16:
         loading.quiet(model.save_pretrained, folder)
         config = loading.quantization(bits, torch.bfloat16)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+        options = {"dtype": torch.bfloat16, "attn_implementation": attention.NAME}
+        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, **options)
         loading.keep_trainable(model)
     return add_adapter(model, adapter, "tiny", checkpointing).train()
 
