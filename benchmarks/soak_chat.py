@@ -9,6 +9,9 @@ After every answer what was shown is held against the tokens that were drawn: U+
 wrote bytes that are no character. Memory is the resident set of the process, every half minute; "flat" means that a
 straight line through all but the first quarter climbs by less than 2 % an hour.
 
+Before the clock starts, transformers reads a prompt of every length it will meet (lengths are rounded up to
+`generation.LENGTHS`): oneDNN compiles code for each length once and keeps it, and that is no leak.
+
 To leave the machine to others the script sleeps three times as long as it computed: a quarter of one core at most.
 
     python benchmarks/soak_chat.py --minutes 60
@@ -143,8 +146,15 @@ def main() -> None:
     record(drawn)
     first = engines.Transformers(*loading.load("smollm2-135m", adapter=ADAPTER), "chatml")
     first.context = CONTEXT
+    warm(first.model)
     second = engines.LlamaCpp(assets.fetch("smollm2-135m"), "chatml", context=CONTEXT, threads=1)
     soak({"transformers": first, "llama.cpp": second}, minutes, drawn)
+
+
+def warm(model) -> None:
+    """One answer behind a prompt of every length that the chat can come to."""
+    for length in range(generation.LENGTHS, CONTEXT, generation.LENGTHS):
+        list(generation.tokens(model, [[1] * length], Decoding(max_new_tokens=generation.LENGTHS)))
 
 
 def soak(models: dict[str, engines.Engine], minutes: float, drawn: list[list[int]]) -> None:

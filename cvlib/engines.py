@@ -3,8 +3,9 @@
 Chat and web page know only `Engine`. Both engines make the prompt's tokens by the one renderer (trap 6), and what
 leaves them goes through the same `spell` and `until`: no torn character, no half of a stop string.
 
-llama.cpp runs as its own server inside this process (see `server`), behind a random key. We send it *tokens*, not text,
-and ask for **one token at a time**. That costs little (what was computed stays in its cache) and buys three things:
+llama.cpp runs as its own server inside this process (see `server`), behind a random key. We call it directly, not over
+HTTP, send it *tokens*, not text, and ask for **one token at a time**. That costs little (what was computed stays in its
+cache) and buys three things:
 
 * the penalty falls on the answer only. llama.cpp has no such setting, it penalises the last n tokens whether asked or
   said; with n the length of the answer so far, those are exactly the answer's (trap 18);
@@ -121,16 +122,16 @@ class LlamaCpp(Engine):
             "min_p": decoding.min_p,
             "n_predict": 1,
             "return_tokens": True,
-            "response_fields": ["tokens"],
+            "verbose": True,  # else the answer is text only
         }
         draws, ids = random.Random(decoding.seed), list(start)
         spared = 0 if decoding.penalise == "all" else len(start)
-        with server.connected(self.server, self.key) as ask:
-            for _ in range(min(decoding.max_new_tokens, self.context - len(start))):
-                choice = {"seed": draws.getrandbits(31), "repeat_last_n": len(ids) - spared}
-                (token,) = ask("/completion", prompt=ids, **choice, **settings)["tokens"]
-                yield token
-                ids.append(token)
+        for _ in range(min(decoding.max_new_tokens, self.context - len(start))):
+            choice = {"seed": draws.getrandbits(31), "repeat_last_n": len(ids) - spared}
+            reply = server.accepted(self.server.handle_completions({"prompt": ids, **choice, **settings}))
+            (token,) = reply["__verbose"]["tokens"]
+            yield token
+            ids.append(token)
 
 
 def read_tokenizer(path: str | Path, facts: dict):

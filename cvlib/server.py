@@ -68,13 +68,22 @@ def connected(server, key: str) -> Iterator[Callable[..., dict]]:
 
     def ask(route: str, **body) -> dict:
         line.request("POST", route, json.dumps(body), headers)
-        reply = json.load(line.getresponse())
-        if "error" in reply:
-            raise InputError(f"llama.cpp refuses: {reply['error']['message']}")
-        return reply
+        return accepted(json.load(line.getresponse()))
 
     with closing(http.client.HTTPConnection(urlsplit(server.listening_address).netloc)) as line:
         yield ask
+
+
+def accepted(reply: dict) -> dict:
+    """llama.cpp's reply, unless it is a refusal.
+
+    >>> accepted({"error": {"message": "Prompt contains invalid tokens"}})
+    Traceback (most recent call last):
+    cvlib.InputError: llama.cpp refuses: Prompt contains invalid tokens
+    """
+    if "error" in reply:
+        raise InputError(f"llama.cpp refuses: {reply['error']['message']}")
+    return reply
 
 
 def read_facts(path: str | Path) -> dict:

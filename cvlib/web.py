@@ -33,6 +33,8 @@ DIALS = {
     "max_new_tokens": (1, 1024, 1),
     "seed": (0, 9999, 1),
 }
+#: The reader's own fonts; those for Chinese are named, or a browser may draw Japanese forms of the characters.
+FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 DOWNLOAD = """text => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
@@ -86,9 +88,12 @@ def serve(engines: dict[str, Engine], decoding: Decoding, system: str = "") -> N
 
 def launch(built):
     """Start serving a page in the background, to this machine and nobody else."""
+    import gradio as gr
+
     alone = {"server_name": "127.0.0.1", "share": False, "enable_monitoring": False, "mcp_server": False}
     lean = {"run_history": False, "footer_links": [], "ssr_mode": False, "pwa": False, "inline": False}
-    return built.launch(**alone, **lean, quiet=True, prevent_thread_lock=True)
+    look = gr.themes.Default(font=FONTS)
+    return built.launch(**alone, **lean, theme=look, quiet=True, prevent_thread_lock=True)
 
 
 class Page:

@@ -268,6 +268,13 @@ def test_undo_retry_reset_and_download(user, served):
         engine.length = 100
 
 
+def test_chinese_is_drawn_in_a_chinese_font(user):
+    """Without one by name, a browser set to English draws 直 and 骨 in their Japanese forms."""
+    for place in (".said", "#ask"):
+        family = "return getComputedStyle(document.querySelector(arguments[0])).fontFamily"
+        assert "Noto Sans CJK SC" in user.driver.execute_script(family, place)
+
+
 def test_dead_ends(user):
     user.ask("")
     user.driver.execute_script("arguments[0].value = '很'.repeat(100000)", user.box)
