@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
@@ -69,6 +69,9 @@ def run(paths: list[Path], in_place: bool = False) -> int:
             NotebookClient(notebook, timeout=1800, extra_arguments=QUIET, resources=where).execute()
         except CellExecutionError as error:
             print(f"failed\n{error}", file=sys.stderr)
+            return 1
+        except DeadKernelError:
+            print("failed: its kernel died; is memory too small? (the chapter's first table says how much it takes)")
             return 1
         print(f"{time.perf_counter() - started:.0f} s", flush=True)
         nbformat.write(normalised(notebook), path if in_place else BUILD / "source" / name)

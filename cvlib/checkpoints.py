@@ -49,6 +49,12 @@ def finished(out: str | Path) -> Path:
     return out.with_name(out.name.removesuffix(SUFFIX))
 
 
+def clear(out: str | Path) -> None:
+    """Remove a run, complete or interrupted, if there is one: a chapter begins anew each time it is run."""
+    for folder in (finished(out), unfinished(out)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def refuse_taken(out: Path) -> None:
     """Refuse a folder that exists, or that an interrupted run still wants."""
     if out.exists():

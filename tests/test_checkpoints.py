@@ -233,6 +233,15 @@ def test_trap_11_init_adapter_refuses_an_unfinished_run_and_names_resume(make, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.unfinished"]
 
 
+@pytest.mark.parametrize("left", ["run", "run.unfinished"])
+def test_clear_leaves_nothing_that_a_new_run_would_refuse(left, tmp_path):
+    (tmp_path / left / "checkpoint-2").mkdir(parents=True)
+    checkpoints.clear(tmp_path / "run")
+    checkpoints.clear(tmp_path / "run")  # nothing there is no error
+    checkpoints.refuse_taken(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_refuses_what_is_no_interrupted_run(make, run, refused, tmp_path, capsys):
     done = train(make("schedule.max_steps=1"), tmp_path / "done").folder
     capsys.readouterr()
