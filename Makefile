@@ -30,9 +30,9 @@ notebooks: $(READY)  ## run the notebooks in place and store their outputs (ONLY
 	$(BIN)/python book/build.py notebooks $(ONLY)
 
 test: check      ## everything: lint, unit tests, notebooks, the book's pages
-	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 900 -p no:cacheprovider notebooks/*.ipynb book/solutions/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout 1800 -p no:cacheprovider notebooks/*.ipynb book/solutions/*.ipynb
 	$(BIN)/python book/build.py html
-	$(BIN)/python -m pytest tests/book
+	$(BIN)/python -m pytest -n 2 tests/book
 
 check: lint unit ## lint and unit tests: minutes
 
