@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from cvlib import InputError, __version__
@@ -15,6 +16,14 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except InputError as error:
         print(f"{options.name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"{options.name}: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{options.name}: stopped", file=sys.stderr)

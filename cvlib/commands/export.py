@@ -19,9 +19,7 @@ def register(group) -> None:
         "--adapter", nargs="+", type=Path, default=[], metavar="DIR", help="adapters to merge, one over the other"
     )
     leaving.add_argument("--to", choices=("hf", "gguf"), required=True, help="safetensors folder, or for llama.cpp")
-    leaving.add_argument(
-        "--quant", choices=("f16", "q8_0", "q4_0"), default="f16", help="the GGUF's format (default: f16)"
-    )
+    leaving.add_argument("--quant", choices=("f16", "q8_0", "q4_0"), help="the GGUF's format (default: f16)")
     leaving.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the folder or file to write")
     leaving.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
@@ -32,11 +30,14 @@ def export(options: argparse.Namespace) -> None:
 
     if not (options.model or options.adapter):
         raise InputError("nothing to export; name a model, or --adapter DIR")
+    if options.to == "hf" and options.quant:
+        raise InputError(f"--quant {options.quant} is a GGUF format; leave it out, or choose --to gguf")
+    quant = options.quant or "f16"
     if options.out.exists() and not options.force:
         raise InputError(f"{options.out}: exists already; choose another name, or replace it with --force")
     base = options.model or loading.read_adapter(options.adapter[0]).get("base_model_name_or_path")
     if options.to == "gguf":  # the merged model in float32 lies beside it for a while
-        export.require_space(options.out, 2 * export.room(base, "f16") + export.room(base, options.quant))
+        export.require_space(options.out, 2 * export.room(base, "f16") + export.room(base, quant))
     options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     if options.to == "hf":
         merged = export.merge(base, options.adapter, options.out, force=options.force)
@@ -46,9 +47,9 @@ def export(options: argparse.Namespace) -> None:
     shutil.rmtree(between, ignore_errors=True)  # of an export that was killed
     try:
         merged = export.merge(base, options.adapter, between / options.out.stem, dtype="float32")
-        size = export.gguf(merged.folder, options.out, options.quant, options.force)
+        size = export.gguf(merged.folder, options.out, quant, options.force)
     finally:
         shutil.rmtree(between, ignore_errors=True)
-    data = {"out": str(options.out), "quant": options.quant, "bytes": size, "change": merged.change}
+    data = {"out": str(options.out), "quant": quant, "bytes": size, "change": merged.change}
     moved = f"merged in float32, where logits moved by at most {merged.change:.2g}"
-    say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {options.quant}; {moved}")
+    say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {quant}; {moved}")

@@ -43,8 +43,10 @@ def card(text: str) -> int:
         size = float(text)
     except ValueError:
         size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither GB above 0 nor one of {', '.join(CARDS)}")
+    if not 0 < size <= 1000:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither GB, above 0 and up to 1000, nor one of {', '.join(CARDS)}"
+        )
     return round(size * 1e9)
 
 

@@ -68,6 +68,14 @@ def page(path: Path) -> Page:
     return Page(path)
 
 
+#: Equations of which a part lies outside their column and cannot be scrolled to.
+CUT = """return [...document.querySelectorAll("div.math mjx-container")].filter(equation => {
+    const scrolls = ["auto", "scroll"].includes(getComputedStyle(equation).overflowX);
+    const hidden = equation.getBoundingClientRect().left < equation.parentElement.getBoundingClientRect().left - 1;
+    return hidden || (equation.scrollWidth > equation.clientWidth + 1 && !scrolls);
+}).map(equation => equation.textContent.slice(0, 60))"""
+
+
 @pytest.fixture(scope="session")
 def browser():
     selenium = pytest.importorskip("selenium.webdriver")
@@ -133,8 +141,10 @@ def test_equations_are_typeset_and_a_phone_need_not_scroll_sideways(browser, nam
     assert typeset >= asked, f"{typeset} of {asked} equations are typeset"
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
     wide = browser.execute_script("return document.documentElement.scrollWidth")
+    cut = browser.execute_script(CUT)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert wide <= 390
+    assert cut == []
 
 
 @every_page
