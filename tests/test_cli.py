@@ -83,6 +83,11 @@ def test_export(trained, run, refused, tmp_path):
     assert (tmp_path / "deep/zh.gguf").read_bytes()[:4] == b"GGUF"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["zh.gguf"]
     refused(["export", "--to", "hf", "-o", tmp_path / "none"], "nothing to export; name a model, or --adapter DIR")
+    packed = ["export", "--adapter", folder, "--to", "hf", "--quant", "q8_0", "-o", tmp_path / "none"]
+    refused(packed, "--quant q8_0 is a GGUF format; leave it out, or choose --to gguf")
+    (tmp_path / "file").write_text("no folder")
+    below = ["export", "--adapter", folder, "--to", "hf", "-o", tmp_path / "file" / "none"]
+    refused(below, f"{tmp_path / 'file'}: File exists; name another place")
 
 
 def test_doctor_and_assets(run):

@@ -126,6 +126,9 @@ def test_the_bar_and_the_line_have_one_scale(run):
 
 
 def test_memory_refusals(refused):
-    refused(["memory", "smollm2-cpu", "--card", "-3"], "'-3' is neither GB above 0 nor one of 2080ti", "--help")
+    for wrong in ("-3", "3060"):  # a card's name is no number of GB
+        refused(
+            ["memory", "smollm2-cpu", "--card", wrong], f"'{wrong}' is neither GB, above 0 and up to 1000", "--help"
+        )
     refused(["memory", "none"], "recipe 'none' not found")
     refused(["memory", "smollm2-cpu", "--set", "base=unknown/model"], "no shape known for base 'unknown/model'")

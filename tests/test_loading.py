@@ -192,6 +192,10 @@ def test_bases_that_are_none(tmp_path):
     refused(lambda: loading.load("smollm"), "base 'smollm' is not an asset (smollm2-135m", "org/name")
     refused(lambda: loading.load("/no/such/folder"), "'/no/such/folder' is not an asset")
     refused(lambda: loading.load(str(tmp_path)), f"{tmp_path}: no config.json in this folder; name a model folder")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(
+        lambda: loading.load(str(tmp_path)), f"{tmp_path}: an adapter and no model; give it as --adapter {tmp_path}"
+    )
 
 
 def test_a_hub_that_does_not_answer(monkeypatch):
