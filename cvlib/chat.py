@@ -102,7 +102,7 @@ def fit(
     forgotten = bisect_left(choices, True, key=lambda n: count([*history[2 * n :], question]) <= room)
     if forgotten not in choices:
         needed = count([question])
-        raise InputError(f"the message takes {needed} tokens and {max(0, room)} are free; shorten it or lower max_new_tokens")
+        raise InputError(f"the message takes {needed} tokens and {room} are free; shorten it or lower max_new_tokens")
     return history[2 * forgotten :], forgotten
 
 
