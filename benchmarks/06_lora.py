@@ -59,7 +59,7 @@ class Prompted(nn.Module):
         super().__init__()
         self.model, self.config, self.device = model, model.config, model.device
 
-    def forward(self, input_ids, position_ids, use_cache, logits_to_keep):
+    def forward(self, input_ids, position_ids, conversations, use_cache, logits_to_keep):
         prompt = self.model.get_prompt(batch_size=1)  # (1, virtual tokens, hidden)
         row = torch.cat([prompt, self.model.word_embeddings(input_ids).to(prompt.dtype)], dim=1)
         row = row.to(self.model.base_model.dtype)

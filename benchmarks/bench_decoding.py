@@ -12,7 +12,7 @@ cores. Last, llama.cpp through `engines` beside xllamacpp used bare: one call fo
 
 Where `perf` is installed (Debian: linux-perf), a last round says what share of the time went into matrix products.
 
-    python benchmarks/bench_decoding.py                # three rounds, ten minutes; the machine must be quiet
+    python benchmarks/bench_decoding.py                # three rounds, seven minutes; the machine must be quiet
     python benchmarks/bench_decoding.py --rounds 1     # a first look
 """
 

@@ -103,9 +103,9 @@ def build(shape, bits, card):
     sizes = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab}
     config = LlamaConfig(**sizes, **heads, max_position_embeddings=MOST * max(LENGTHS))
-    config._attn_implementation = attention.NAME
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(card.dtype)
+    model.set_attn_implementation(attention.NAME)
     replace_with_bnb_linear(model, ["lm_head"], loading.quantization(bits, card.dtype))
     for module in list(model.modules()):
         for name, weight in list(module.named_parameters(recurse=False)):

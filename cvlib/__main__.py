@@ -13,7 +13,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit code."""
     options = parser().parse_args(arguments)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"{options.name}: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ A few rules decide what a model learns, and each is one function here.
 * `blocks`: plain text is learnt whole, every token of it, in blocks of one length.
 * `flatten`: conversations of one batch are laid end to end in a single row, and `position_ids` start again at 0
   for each. Nothing is padded (trap 20). transformers keeps the conversations apart when `position_ids` restart, no
-  attention mask is given and no cache is used.
+  attention mask is given and no cache is used; `attention` does it without computing what a mask throws away.
 * `groups`: batches for evaluation are filled up to a number of tokens.
 """
 

@@ -176,9 +176,9 @@ def resolve(base: str) -> str:
         path = assets.fetch(base)
         return str(convert(base, path) if path.suffix == ".gguf" else path)
     if Path(base).is_dir():
-        if (Path(base) / "adapter_config.json").is_file():
-            raise InputError(f"{base}: an adapter and no model; give it as --adapter {base}")
         if not (Path(base) / "config.json").is_file():
+            if (Path(base) / "adapter_config.json").is_file():
+                raise InputError(f"{base}: an adapter and no model; give it as --adapter {base}")
             raise InputError(f"{base}: no config.json in this folder; name a model folder")
         return base
     if base.count("/") == 1 and not base.startswith(("/", ".")):

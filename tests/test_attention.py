@@ -1,12 +1,13 @@
 """One triangle for each conversation: the same numbers as a mask over the whole row, and nothing across a border."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cvlib import adapters, attention, loading
+from cvlib import ROOT, adapters, attention, loading
 from cvlib.batching import Example, flatten
 from cvlib.evaluation import token_losses
 from cvlib.recipes import Adapter
@@ -96,3 +97,12 @@ def test_generation_and_padded_batches_go_the_usual_way():
 def test_every_loaded_model_attends_by_conversation():
     model, _ = loading.load("smollm2-135m")
     assert model.config._attn_implementation == attention.NAME
+
+
+def test_the_prompted_model_of_study_06_takes_the_call_that_the_loss_makes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("06_lora")
+    model = study.prepared(loading.load("smollm2-135m", dtype="float32")[0], {"method": "prompt tuning"})
+    losses, gradients = step(model, row(7))
+    assert losses.shape == (6,)
+    assert any("prompt" in name and gradient.any() for name, gradient in gradients.items())

@@ -90,6 +90,14 @@ def test_export(trained, run, refused, tmp_path):
     refused(below, f"{tmp_path / 'file'}: File exists; name another place")
 
 
+def test_a_reader_who_has_enough_is_no_error():
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "cvlib", "assets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    listing.stdout.close()  # as `| head` does
+    assert (listing.stderr.read(), listing.wait()) == ("", 0)
+
+
 def test_doctor_and_assets(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0
