@@ -1,6 +1,7 @@
 """Run notebooks and build the book.
 
-book       every notebook, in order, into _build/source (never over the committed files), then the pages
+book       every notebook, in order, into _build/source (never over the committed files), then the pages; after a
+           failure or Ctrl-C it goes on where it stopped, and begins anew once the book is complete
 html       the pages, from the outputs that are stored in the notebooks
 notebooks  notebooks in place, then normalised, so that a diff shows what changed: `notebooks 06 07` for some
 """
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -22,6 +24,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
 QUIET = ["--IPKernelApp.log_level=ERROR"]  # Jupyter's own warnings are no news to a reader
+CODE = ("cvlib", "data_samples", "benchmarks")  # what the outputs of a notebook depend on, besides itself
 
 
 def main() -> int:
@@ -29,18 +32,48 @@ def main() -> int:
     parser.add_argument("what", choices=("book", "html", "notebooks"))
     parser.add_argument("only", nargs="*", help="numbers of notebooks, such as 06")
     options = parser.parse_args()
-    if options.what == "notebooks":
-        return run([path for path in notebooks() if not options.only or path.name[:2] in options.only], in_place=True)
     if options.what == "html":
         return pages(ROOT)
-    source = BUILD / "source"
+    try:
+        if options.what == "book":
+            return book()
+        chosen = [path for path in notebooks() if not options.only or path.name[:2] in options.only]
+        return run({path: path for path in chosen})
+    except KeyboardInterrupt:
+        print("\nstopped" + "; `make book` goes on from here" * (options.what == "book"), file=sys.stderr)
+        return 130
+
+
+def book() -> int:
+    """Execute a copy of every notebook and build the pages; copies of an unfinished book are kept until it is built."""
+    source, executed = BUILD / "source", BUILD / "executed"
+    fetch()
+    stamp = digest(path for name in CODE for path in (ROOT / name).rglob("*"))
+    copies = {path: executed / f"{path.stem}-{digest([path], stamp)}.ipynb" for path in notebooks()}
+    if there := sum(copy.exists() for copy in copies.values()):
+        print(f"{there} of {len(copies)} notebooks were executed before and have not changed")
+    if code := run({path: copy for path, copy in copies.items() if not copy.exists()}):
+        print("`make book` goes on from here", file=sys.stderr)
+        return code
     shutil.rmtree(source, ignore_errors=True)
     for name in ("book", "notebooks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source)
-    fetch()
-    return run(notebooks()) or pages(source)
+    for path, copy in copies.items():
+        shutil.copy(copy, source / path.relative_to(ROOT))
+    if code := pages(source):
+        return code
+    shutil.rmtree(executed)
+    return 0
+
+
+def digest(paths: Iterable[Path], salt: str = "") -> str:
+    """A short hash of what files hold."""
+    found = hashlib.sha256(salt.encode())
+    for path in sorted(path for path in paths if path.is_file() and path.suffix != ".pyc"):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def notebooks() -> list[Path]:
@@ -57,11 +90,10 @@ def fetch() -> None:
     )
 
 
-def run(paths: list[Path], in_place: bool = False) -> int:
-    """Execute notebooks one after the other, a line each; stops at the first that fails."""
-    for number, path in enumerate(paths, 1):
-        name = path.relative_to(ROOT)
-        print(f"[{number}/{len(paths)}] {name} …", end=" ", flush=True)
+def run(copies: dict[Path, Path]) -> int:
+    """Execute notebooks one after the other, a line each, and write each copy; stops at the first that fails."""
+    for number, (path, copy) in enumerate(copies.items(), 1):
+        print(f"[{number}/{len(copies)}] {path.relative_to(ROOT)} …", end=" ", flush=True)
         started = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
         try:
@@ -74,7 +106,10 @@ def run(paths: list[Path], in_place: bool = False) -> int:
             print("failed: its kernel died; is memory too small? (the chapter's first table says how much it takes)")
             return 1
         print(f"{time.perf_counter() - started:.0f} s", flush=True)
-        nbformat.write(normalised(notebook), path if in_place else BUILD / "source" / name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        part = copy.with_suffix(".part")
+        nbformat.write(normalised(notebook), part)
+        part.replace(copy)
     return 0
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 from cvlib import InputError, __version__
 from cvlib.commands import Parser, chat, data, evaluate, export, machine, serve, train, vocab
+
+#: What helps against a failure of the file system; anything else is a matter of the place.
+REMEDIES = {errno.ENOENT: "check the name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         if not error.filename:
             raise
-        print(f"{options.name}: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
+        remedy = REMEDIES.get(error.errno, "name another place")
+        print(f"{options.name}: {error.filename}: {error.strerror}; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{options.name}: stopped", file=sys.stderr)

@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cvlib import InputError
+from cvlib import InputError, choose
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find(name: str) -> Asset:
     'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     if name not in ASSETS:
-        raise InputError(f"asset {name!r} is unknown; choose one of {', '.join(ASSETS)}")
+        raise InputError(f"asset {name!r} is unknown; {choose(name, ASSETS)}")
     return ASSETS[name]
 
 

@@ -101,8 +101,8 @@ def fit(
     choices = range(len(history) // 2 + 1)  # forget none, one, two, …: the first that fits, by halving
     forgotten = bisect_left(choices, True, key=lambda n: count([*history[2 * n :], question]) <= room)
     if forgotten not in choices:
-        needed = count([question])
-        raise InputError(f"the message takes {needed} tokens and {room} are free; shorten it or lower max_new_tokens")
+        needed, free = count([question]), max(0, room)
+        raise InputError(f"the message takes {needed} tokens and {free} are free; shorten it or lower max_new_tokens")
     return history[2 * forgotten :], forgotten
 
 
@@ -184,9 +184,8 @@ def _system(chat: Chat, text: str) -> Iterator[str]:
 
 
 def _set(chat: Chat, pair: str) -> Iterator[str]:
-    now = [f"decoding.{key}={value}" for key, value in dataclasses.asdict(chat.decoding).items()]
     if pair:
-        chat.decoding = recipes.load("smollm2-cpu", [*now, f"decoding.{pair}"]).decoding
+        chat.decoding = recipes.override(chat.decoding, [pair])
     yield " ".join(f"{key}={value}" for key, value in dataclasses.asdict(chat.decoding).items())
 
 

@@ -19,11 +19,13 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from cvlib import InputError, recipes
 from cvlib.batching import Example
@@ -53,6 +55,29 @@ def clear(out: str | Path) -> None:
     """Remove a run, complete or interrupted, if there is one: a chapter begins anew each time it is run."""
     for folder in (finished(out), unfinished(out)):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Let no other process train the same run; the system lifts the lock when a process ends, however it ends.
+
+    Raises:
+        InputError: another process is training it.
+    """
+    if not is_first():
+        yield
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{unfinished(out)}: another process is training it; wait for its end or stop it") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def refuse_taken(out: Path) -> None:

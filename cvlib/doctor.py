@@ -53,6 +53,7 @@ def examine() -> list[Finding]:
         Finding("memory", f"{main_memory() / 1e9:.1f} GB" if main_memory() else "unknown on this system"),
         disk(),
         Finding("running model", *running_model()),
+        Finding("recipes", f"counted for {device} in {dtype}; for a card in float16: cvlib memory RECIPE --card GB"),
         *budgets(device, dtype),
     ]
 
@@ -68,7 +69,12 @@ def capability() -> str:
 def card(device: str) -> tuple[str, str]:
     """The accelerator, its capability and memory, and what follows for older ones."""
     if device != "cuda":
-        return device, "" if device == "mps" else "no CUDA card: the notebooks run, the 7B recipes do not"
+        return (
+            device,
+            ""
+            if device == "mps"
+            else "no CUDA card: the notebooks run; the recipes of 7B and 13B are slow here, even where they fit",
+        )
     import torch
 
     about = torch.cuda.get_device_properties(0)

@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from cvlib import InputError, assets
+from cvlib import InputError, assets, choose
 from cvlib.pieces import NORMAL, Model, fields
 
 
@@ -183,7 +183,9 @@ def resolve(base: str) -> str:
         return base
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return base
-    raise InputError(f"base {base!r} is not an asset ({', '.join(assets.ASSETS)}), a folder or a hub id like org/name")
+    raise InputError(
+        f"base {base!r} is not an asset, a folder or a hub id like org/name; {choose(base, assets.ASSETS)}"
+    )
 
 
 def read_tokenizer(folder: str):

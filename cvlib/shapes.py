@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from cvlib import InputError
+from cvlib import InputError, choose
 from cvlib.recipes import Adapter
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -95,7 +95,7 @@ def shape_of(base: str) -> Shape:
         return SHAPES[base]
     path = Path(base) / "config.json"
     if not path.is_file():
-        raise InputError(f"no shape known for base {base!r}; choose among {', '.join(SHAPES)} or name a model folder")
+        raise InputError(f"no shape known for base {base!r}; {choose(base, SHAPES)} (or name a model folder)")
     try:
         return Shape.from_config(json.loads(path.read_text(encoding="utf-8")))
     except (InputError, KeyError, json.JSONDecodeError) as error:

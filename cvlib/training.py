@@ -60,41 +60,42 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
         resume: go on with the interrupted run `out`, exactly as if it had not been.
 
     Raises:
-        InputError: an existing folder, rows that cannot be used, or a run that would not learn.
+        InputError: an existing folder, a run in other hands, rows that cannot be used, or a run that would not learn.
         KeyboardInterrupt: Ctrl-C; what was learnt is saved, and the message says how to go on.
     """
     out, last = checkpoints.finished(out), None
-    device = join(recipe)
-    if resume:
-        last, init = checkpoints.reopen(out, recipe), checkpoints.origin(out)
-    elif init:
-        checkpoints.refuse_unfinished(init)
-    if not resume and checkpoints.is_first():
-        checkpoints.refuse_taken(out)
-    set_seed(recipe.schedule.seed)
-    model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype, device=device)
-    own = grown_tokenizer(recipe, last or init)
-    tokenizer = loading.read_tokenizer(own) if own else tokenizer
-    examples = training_examples(recipe, tokenizer)
-    model = trainable(model, recipe, last or init)
-    about = {"data": checkpoints.fingerprint(examples), "processes": checkpoints.processes()}
-    about["init"] = str(init) if init else None
-    if resume:
-        checkpoints.refuse_changed(out, about)
-    settings = arguments(recipe, checkpoints.unfinished(out), model)
-    if checkpoints.is_first() and not resume:
-        checkpoints.begin(out, recipe, about)
-    checkpoints.wait()
-    try:
-        steps, gathered = learn(model, tokenizer if own else None, examples, recipe, settings, last)
-        if checkpoints.is_first():
-            save(model, recipe, checkpoints.unfinished(out), tokenizer if own else None, gathered)
-            checkpoints.finish(out)
+    with checkpoints.alone(out):
+        device = join(recipe)
+        if resume:
+            last, init = checkpoints.reopen(out, recipe), checkpoints.origin(out)
+        elif init:
+            checkpoints.refuse_unfinished(init)
+        if not resume and checkpoints.is_first():
+            checkpoints.refuse_taken(out)
+        set_seed(recipe.schedule.seed)
+        model, tokenizer = loaded or loading.load(recipe.base, recipe.bits, recipe.dtype, device=device)
+        own = grown_tokenizer(recipe, last or init)
+        tokenizer = loading.read_tokenizer(own) if own else tokenizer
+        examples = training_examples(recipe, tokenizer)
+        model = trainable(model, recipe, last or init)
+        about = {"data": checkpoints.fingerprint(examples), "processes": checkpoints.processes()}
+        about["init"] = str(init) if init else None
+        if resume:
+            checkpoints.refuse_changed(out, about)
+        settings = arguments(recipe, checkpoints.unfinished(out), model)
+        if checkpoints.is_first() and not resume:
+            checkpoints.begin(out, recipe, about)
         checkpoints.wait()
-    except BaseException:
-        checkpoints.abandon(out)
-        raise
-    return Run(out, steps, steps[-1]["seconds"], model, tokenizer)
+        try:
+            steps, gathered = learn(model, tokenizer if own else None, examples, recipe, settings, last)
+            if checkpoints.is_first():
+                save(model, recipe, checkpoints.unfinished(out), tokenizer if own else None, gathered)
+                checkpoints.finish(out)
+            checkpoints.wait()
+        except BaseException:
+            checkpoints.abandon(out)
+            raise
+        return Run(out, steps, steps[-1]["seconds"], model, tokenizer)
 
 
 def join(recipe: Recipe) -> str:

@@ -248,8 +248,8 @@ def test_system_and_set(talker):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/set temperature=-1", "decoding.temperature is -1.0; choose 0 or more"),
-        ("/set heat=1", "unknown key 'decoding.heat'"),
+        ("/set temperature=-1", "temperature is -1.0; choose 0 or more"),
+        ("/set heat=1", "unknown key 'heat'"),
         ("/set temperature", "write key=value"),
         ("/set seed=[", "mend the value"),
         ("/set penalise=never", "choose among answer, all"),
@@ -263,7 +263,7 @@ def test_set_refuses(talker, line, words):
     if words:
         assert talker.decoding == before
     else:  # an answer longer than the context leaves no room for any question
-        assert "-880 are free; shorten it or lower max_new_tokens" in shown
+        assert "and 0 are free; shorten it or lower max_new_tokens" in shown
 
 
 def test_save_and_load(talker, tmp_path):

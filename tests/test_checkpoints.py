@@ -106,6 +106,20 @@ def test_killed_twice_then_resumed_is_uninterrupted_to_the_bit(recipe_file, whol
     assert losses(out) == losses(whole)
 
 
+def test_a_run_that_is_being_trained_is_left_alone(recipe_file, whole, refused, tmp_path):
+    """The lock ends with its process, so a killed run can be resumed at once."""
+    out, work = tmp_path / "run", tmp_path / "run.unfinished"
+    process = command(recipe_file, "-o", out)
+    until((work / "checkpoint-2" / checkpoints.MARK).exists, process)
+    process.send_signal(signal.SIGSTOP)
+    for asked in (["--resume", out], [recipe_file, "-o", out]):
+        refused(["train", *asked], f"{work}: another process is training it; wait for its end or stop it")
+    process.kill()
+    process.communicate()
+    assert weights(train(recipes.load(recipe_file), out, resume=True).folder) == weights(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe_file, whole, run, tmp_path):
     out, work = tmp_path / "run", tmp_path / "run.unfinished"
     process = command(recipe_file, "-o", out)

@@ -175,7 +175,7 @@ def test_a_recipe_with_an_unknown_key(refused, tmp_path):
     ("override", "words"),
     [
         ("adapter.r=zero", "adapter.r is 'zero'; write a whole number"),
-        ("adaptr.r=1", "unknown key 'adaptr'; did you mean 'adapter'?"),
+        ("adaptr.r=1", "unknown key 'adaptr'; did you mean 'adapter' or 'data'?"),
         ("adapter.r", "write key=value"),
         ("adapter.targets=[q_proj", "not valid YAML"),
         ("bits=7", "bits is 7; choose among 16, 8, 4"),
@@ -186,8 +186,9 @@ def test_a_value_that_cannot_be_meant(override, words, refused):
 
 
 def test_a_decoding_that_cannot_be_meant(refused):
-    refused(["chat", "--set", "temperature=-1"], "decoding.temperature is -1.0; choose 0 or more")
-    refused(["chat", "--set", "heat=1"], "unknown key 'decoding.heat'")
+    refused(["chat", "--set", "temperature=-1"], "temperature is -1.0; choose 0 or more")
+    refused(["chat", "--set", "heat=1"], "unknown key 'heat'; choose one of temperature, top_k")
+    refused(["chat", "--set", "temprature=1"], "'temprature=1': unknown key 'temprature'; did you mean 'temperature'?")
 
 
 def test_an_adapter_of_another_base(trained, refused):
@@ -203,7 +204,7 @@ def test_a_run_folder_that_exists(trained, refused):
 
 
 def test_an_unknown_asset_and_base(refused):
-    refused(["assets", "smollm"], "asset 'smollm' is unknown; choose one of smollm2-135m")
+    refused(["assets", "smollm"], "asset 'smollm' is unknown; did you mean 'smollm2-135m'?")
     refused(["chat", "smollm"], "base 'smollm' is not an asset", "org/name")
 
 
@@ -213,8 +214,12 @@ def test_an_unknown_asset_and_base(refused):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "smollm2-cpu", "--bogus"], "unrecognized arguments: --bogus"),
-        (["train", "smollm2-cpu", "--js"], "unrecognized arguments: --js"),  # no shortened options
+        (["train", "smollm2-cpu", "--bogus"], "--bogus is unknown; see cvlib train --help"),
+        (["train", "smollm2-cpu", "--js"], "--js is unknown"),  # no shortened options
+        (["train", "smollm2-cpu", "--adaptor", "a"], "--adaptor is unknown (did you mean --init-adapter?)"),
+        (["train", "smollm2-cpu", "--max_steps=3"], "did you mean --set schedule.max_steps=VALUE?"),
+        (["train", "smollm2-cpu", "twice"], "twice is unknown; see cvlib train --help"),
+        (["chat", "--temperature", "0"], "did you mean --set temperature=VALUE?"),
         (["evaluate", "--limit", "-1"], "'-1' is not a whole number from 0"),
         (["evaluate", "--answers", "few"], "'few' is not a whole number from 0"),
         (["chat", "--bits", "5"], "choose from"),

@@ -189,7 +189,7 @@ def refused(call, *words):
 
 
 def test_bases_that_are_none(tmp_path):
-    refused(lambda: loading.load("smollm"), "base 'smollm' is not an asset (smollm2-135m", "org/name")
+    refused(lambda: loading.load("smollm"), "base 'smollm' is not an asset", "org/name; did you mean 'smollm2-135m'?")
     refused(lambda: loading.load("/no/such/folder"), "'/no/such/folder' is not an asset")
     refused(lambda: loading.load(str(tmp_path)), f"{tmp_path}: no config.json in this folder; name a model folder")
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -71,7 +71,7 @@ def test_set_changes_single_values():
             ["mine.yaml", "'schedule.learnin_rate'", "did you mean 'schedule.learning_rate'"],
         ),
         ("bitz: 8", ["mine.yaml", "'bitz'", "'bits'"]),
-        ("zzz: 8", ["'zzz'", "known keys: base, bits"]),
+        ("zzz: 8", ["'zzz'", "choose one of base, bits"]),
         ("5: 8", ["unknown key '5'"]),
         ("adapter: 3", ["adapter is 3", "section"]),
         ("adapter:", ["adapter is None", "section"]),
@@ -148,7 +148,7 @@ def test_what_set_cannot_mean(override, words):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"'smollm' not found; choose one of .*smollm2-cpu"):
+    with pytest.raises(InputError, match=r"'smollm' not found; did you mean .*'smollm2-cpu'"):
         recipes.load("smollm")
     with pytest.raises(InputError, match="not found"):
         recipes.load(tmp_path / "none.yaml")

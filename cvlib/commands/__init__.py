@@ -7,14 +7,32 @@ input cannot be used. Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+from collections.abc import Iterable
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no shortened options and refuses in one line."""
+    """A parser that takes no shortened options and refuses in one line; `keys` are what its `--set` can change."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self.keys: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse what is left over here, where the command is known; argparse would leave it to the first parser."""
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"{left[0]} is unknown{self.meant(left[0])}")
+        return found, left
+
+    def meant(self, word: str) -> str:
+        """The option of this command, or the key of its `--set`, that `word` resembles."""
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        known = {option.lstrip("-").replace("-", "_"): option for option in self._option_string_actions}
+        known |= {key.rpartition(".")[2]: f"--set {key}=VALUE" for key in self.keys}
+        near = difflib.get_close_matches(name, known, 1) if word.startswith("-") else []
+        return f" (did you mean {known[near[0]]}?)" if near else ""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -33,6 +51,12 @@ def command(group, name: str, run, about: str, epilog: str = "") -> Parser:
 def subcommands(group, name: str, about: str):
     """A command that is itself a group of commands, such as `cvlib vocab`."""
     return group.add_parser(name, help=about, description=about).add_subparsers(required=True, metavar="ACTION")
+
+
+def setting_option(command: Parser, keys: Iterable[str], about: str) -> None:
+    """`--set KEY=VALUE`, as often as wanted."""
+    command.keys = list(keys)
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
 
 
 def natural(text: str) -> int:

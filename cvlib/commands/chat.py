@@ -6,9 +6,9 @@ import argparse
 import io
 import sys
 
-from cvlib import InputError
-from cvlib.commands import command, say
-from cvlib.commands.choosing import engine, model_options, setting_option
+from cvlib import InputError, recipes
+from cvlib.commands import command, say, setting_option
+from cvlib.commands.choosing import engine, model_options, recipe_of
 
 
 def register(group) -> None:
@@ -17,14 +17,15 @@ def register(group) -> None:
     model_options(talking)
     talking.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
     talking.add_argument("--web", action="store_true", help="a chat page, for browsers on this machine only")
-    setting_option(talking, "decoding, such as temperature=0")
+    setting_option(talking, recipes.keys(recipes.Decoding), "decoding, such as temperature=0")
 
 
 def chat(options: argparse.Namespace) -> None:
     """`cvlib chat`"""
     if options.web and options.json:
         raise InputError("--web and --json do not go together; the page has a button for the transcript")
-    answering, decoding = engine(options, [f"decoding.{item}" for item in options.set])
+    decoding = recipes.override(recipe_of(options).decoding, options.set)
+    answering = engine(options)
     if options.web:
         from cvlib import web
 

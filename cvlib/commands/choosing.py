@@ -8,11 +8,6 @@ from pathlib import Path
 from cvlib import InputError
 
 
-def setting_option(command: argparse.ArgumentParser, about: str) -> None:
-    """`--set KEY=VALUE`, as often as wanted."""
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
-
-
 def model_options(command: argparse.ArgumentParser) -> None:
     """The options that choose a model, the same in every command."""
     command.add_argument(
@@ -24,26 +19,32 @@ def model_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
-    """The recipe, model and tokenizer that the model options name; an adapter brings the recipe it was trained with."""
+def recipe_of(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
+    """The recipe that belongs to the model options: the one the adapter was trained with, or the running model's."""
     from cvlib import loading, recipes
 
     if options.adapter:
         loading.read_adapter(options.adapter)
-    recipe = recipes.load(options.adapter / "recipe.yaml" if options.adapter else "smollm2-cpu", overrides)
+    return recipes.load(options.adapter / "recipe.yaml" if options.adapter else "smollm2-cpu", overrides)
+
+
+def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
+    """The recipe, model and tokenizer that the model options name."""
+    from cvlib import loading
+
+    recipe = recipe_of(options, overrides)
     base, bits = options.model or recipe.base, options.bits or recipe.bits
     model, tokenizer = loading.load(base, bits, recipe.dtype, options.adapter)
     return recipe, model, tokenizer
 
 
-def engine(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
-    """What answers, and its decoding: llama.cpp for a GGUF file, transformers for everything else."""
-    from cvlib import engines, recipes
+def engine(options: argparse.Namespace):
+    """What answers: llama.cpp for a GGUF file, transformers for everything else."""
+    from cvlib import engines
 
     if not str(options.model).endswith(".gguf"):
-        recipe, model, tokenizer = chosen(options, overrides)
-        return engines.Transformers(model, tokenizer, recipe.template), recipe.decoding
+        recipe, model, tokenizer = chosen(options)
+        return engines.Transformers(model, tokenizer, recipe.template)
     if options.adapter or options.bits:
         raise InputError(f"{options.model}: a GGUF file is whole; leave --adapter and --bits out, or `cvlib export` it")
-    decoding = recipes.load("smollm2-cpu", overrides).decoding
-    return engines.LlamaCpp(options.model), decoding
+    return engines.LlamaCpp(options.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from cvlib.commands import command, say
+from cvlib import recipes
+from cvlib.commands import command, say, setting_option
 
 #: Memory of the cards people ask about, in bytes.
 CARDS = {"2080ti": 11_000_000_000, "t4": 16_000_000_000, "3090": 24_000_000_000, "4090": 24_000_000_000}
@@ -30,9 +31,7 @@ def register(group) -> None:
         metavar="TOKENS",
         help="instead of training: answer in one conversation of so many tokens",
     )
-    counting.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe"
-    )
+    setting_option(counting, recipes.keys(), "change one value of the recipe")
 
 
 def card(text: str) -> int:
@@ -62,7 +61,10 @@ def doctor(options: argparse.Namespace) -> None:
     from cvlib.doctor import examine
 
     found = examine()
-    lines = [f"{item.name:<18} {item.value}" + (f"\n{'':<18} → {item.mend}" if item.mend else "") for item in found]
+    width = max(len(item.name) for item in found)
+    lines = [
+        f"{item.name:<{width}} {item.value}" + f"\n{'':<{width}} → {item.mend}" * bool(item.mend) for item in found
+    ]
     say(options, [dataclasses.asdict(item) for item in found], "\n".join(lines))
 
 
@@ -85,7 +87,7 @@ def fetch(options: argparse.Namespace) -> None:
 
 def budget(options: argparse.Namespace) -> int:
     """`cvlib memory`: exit code 1 if the recipe does not fit."""
-    from cvlib import fitting, memory, recipes, shapes
+    from cvlib import fitting, memory, shapes
     from cvlib.show import Table
 
     recipe = recipes.load(options.recipe, options.set)

@@ -7,9 +7,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cvlib import InputError
-from cvlib.commands import command, say
-from cvlib.commands.choosing import setting_option
+from cvlib import InputError, recipes
+from cvlib.commands import command, say, setting_option
 
 
 def register(group) -> None:
@@ -22,26 +21,20 @@ def register(group) -> None:
         "--init-adapter", type=Path, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
     )
     start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, exactly as it was")
-    setting_option(training, "change one value of the recipe")
+    setting_option(training, recipes.keys(), "change one value of the recipe")
 
 
 def train_help() -> str:
     """The recipes and every key `--set` can change, read off the dataclasses."""
-    from cvlib import recipes
-
     lines = [f"recipes: {', '.join(recipes.names())}", "", "keys for --set, with their defaults:"]
-    for item in dataclasses.fields(recipes.Recipe):
-        if dataclasses.is_dataclass(item.default_factory):
-            lines += [_key(sub, f"{item.name}.") for sub in dataclasses.fields(item.default_factory)]
-        else:
-            lines.append(_key(item, ""))
+    lines += [_key(name, item) for name, item in recipes.keys().items()]
     return "\n".join([*lines, "", "example: cvlib train smollm2-cpu --set schedule.epochs=1 -o runs/quick"])
 
 
-def _key(item: dataclasses.Field, prefix: str) -> str:
+def _key(name: str, item: dataclasses.Field) -> str:
     default = item.default_factory() if item.default is dataclasses.MISSING else item.default
     about = item.metadata["help"].replace("%", "%%")
-    return f"  {prefix + item.name + '=' + str(default).replace(' ', ''):<42} {about}"
+    return f"  {name + '=' + str(default).replace(' ', ''):<42} {about}"
 
 
 def train(options: argparse.Namespace) -> int | None:
@@ -66,8 +59,6 @@ def train(options: argparse.Namespace) -> int | None:
 
 def planned(options: argparse.Namespace):
     """The recipe and the run's folder, as asked or as an interrupted run has them."""
-    from cvlib import recipes
-
     if not options.resume:
         if not options.recipe:
             raise InputError(f"no recipe; choose one of {', '.join(recipes.names())} or name a .yaml file")

@@ -9,15 +9,15 @@ The command line (`--set schedule.learning_rate=1e-3`) and `--help` are derived 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cvlib import InputError
+from cvlib import InputError, choose
 
 FOLDER = Path(__file__).parent
 #: What a field's type means in a recipe file: the Python type, and the words of an error message.
@@ -58,10 +58,10 @@ class Adapter:
     )
 
     def __post_init__(self):
-        need(self.r >= 1, "adapter.r", self.r, "a rank is 1 or more")
-        need(self.alpha > 0, "adapter.alpha", self.alpha, "choose a scale above 0, often 2 * r")
-        need(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "choose a share from 0 up to, not including, 1")
-        need(bool(self.targets), "adapter.targets", self.targets, "name at least one matrix")
+        need(self.r >= 1, "r", self.r, "a rank is 1 or more")
+        need(self.alpha > 0, "alpha", self.alpha, "choose a scale above 0, often 2 * r")
+        need(0 <= self.dropout < 1, "dropout", self.dropout, "choose a share from 0 up to, not including, 1")
+        need(bool(self.targets), "targets", self.targets, "name at least one matrix")
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Growth:
     learning_rate: float = setting(1e-3, "peak learning rate of the new rows")
 
     def __post_init__(self):
-        need(self.learning_rate > 0, "growth.learning_rate", self.learning_rate, "choose a rate above 0")
+        need(self.learning_rate > 0, "learning_rate", self.learning_rate, "choose a rate above 0")
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Data:
     max_length: int = setting(512, "longest conversation, in tokens; longer answers are cut and lose their end token")
 
     def __post_init__(self):
-        need(self.max_length >= 16, "data.max_length", self.max_length, "room for at least 16 tokens is needed")
+        need(self.max_length >= 16, "max_length", self.max_length, "room for at least 16 tokens is needed")
 
 
 @dataclass
@@ -108,20 +108,20 @@ class Schedule:
     seed: int = setting(42, "seed of initialisation, order and dropout")
 
     def __post_init__(self):
-        need(self.learning_rate > 0, "schedule.learning_rate", self.learning_rate, "choose a positive rate")
-        need(self.epochs > 0, "schedule.epochs", self.epochs, "choose more than 0 passes")
-        need(self.max_steps >= 0, "schedule.max_steps", self.max_steps, "choose 0 (by epochs) or a number of steps")
-        need(0 <= self.warmup_ratio < 1, "schedule.warmup_ratio", self.warmup_ratio, "choose a share below 1")
-        need(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "choose 0 (by ratio) or a number")
-        need(self.micro_rows >= 1, "schedule.micro_rows", self.micro_rows, "a forward pass needs a row")
+        need(self.learning_rate > 0, "learning_rate", self.learning_rate, "choose a positive rate")
+        need(self.epochs > 0, "epochs", self.epochs, "choose more than 0 passes")
+        need(self.max_steps >= 0, "max_steps", self.max_steps, "choose 0 (by epochs) or a number of steps")
+        need(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "choose a share below 1")
+        need(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "choose 0 (by ratio) or a number")
+        need(self.micro_rows >= 1, "micro_rows", self.micro_rows, "a forward pass needs a row")
         need(
             self.batch_rows >= 1 and self.batch_rows % self.micro_rows == 0,
-            "schedule.batch_rows",
+            "batch_rows",
             self.batch_rows,
             f"choose a multiple of micro_rows, which is {self.micro_rows}",
         )
-        need(self.save_every >= 0, "schedule.save_every", self.save_every, "choose 0 (only on Ctrl-C) or a number")
-        need(0 <= self.seed < 2**32, "schedule.seed", self.seed, "choose a number from 0 to 2^32 - 1")
+        need(self.save_every >= 0, "save_every", self.save_every, "choose 0 (only on Ctrl-C) or a number")
+        need(0 <= self.seed < 2**32, "seed", self.seed, "choose a number from 0 to 2^32 - 1")
 
 
 @dataclass
@@ -138,13 +138,13 @@ class Decoding:
     seed: int = setting(0, "seed of the draws")
 
     def __post_init__(self):
-        need(self.temperature >= 0, "decoding.temperature", self.temperature, "choose 0 or more")
-        need(self.top_k >= 0, "decoding.top_k", self.top_k, "choose 0 (all) or more")
-        need(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "choose a probability above 0, at most 1")
-        need(0 <= self.min_p < 1, "decoding.min_p", self.min_p, "choose a share from 0 up to, not including, 1")
-        need(self.repetition_penalty >= 1, "decoding.repetition_penalty", self.repetition_penalty, "choose 1 or more")
-        need(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "ask for at least one token")
-        need(0 <= self.seed < 2**32, "decoding.seed", self.seed, "choose a number from 0 to 2^32 - 1")
+        need(self.temperature >= 0, "temperature", self.temperature, "choose 0 or more")
+        need(self.top_k >= 0, "top_k", self.top_k, "choose 0 (all) or more")
+        need(0 < self.top_p <= 1, "top_p", self.top_p, "choose a probability above 0, at most 1")
+        need(0 <= self.min_p < 1, "min_p", self.min_p, "choose a share from 0 up to, not including, 1")
+        need(self.repetition_penalty >= 1, "repetition_penalty", self.repetition_penalty, "choose 1 or more")
+        need(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "ask for at least one token")
+        need(0 <= self.seed < 2**32, "seed", self.seed, "choose a number from 0 to 2^32 - 1")
 
 
 @dataclass
@@ -176,6 +176,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def keys(section: type = Recipe, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every key that `--set` can change, with its field.
+
+    >>> [key for key in keys() if key.endswith("learning_rate")]
+    ['growth.learning_rate', 'schedule.learning_rate']
+    """
+    found = {}
+    for item in dataclasses.fields(section):
+        nested = item.default_factory
+        found |= keys(nested, f"{item.name}.") if dataclasses.is_dataclass(nested) else {prefix + item.name: item}
+    return found
+
+
 def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe by name or path and change single values.
 
@@ -191,7 +204,7 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     """
     path = Path(source) if str(source).endswith((".yaml", ".yml")) else FOLDER / f"{source}.yaml"
     if not path.is_file():
-        raise InputError(f"recipe {str(source)!r} not found; choose one of {', '.join(names())} or name a .yaml file")
+        raise InputError(f"recipe {str(source)!r} not found; {choose(str(source), names())} (or name a .yaml file)")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -206,19 +219,32 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     return _build(Recipe, values, path.name, prefix="")
 
 
+def override(section: Any, pairs: Iterable[str]) -> Any:
+    """A section of a recipe with single values changed, each given as `key=value`.
+
+    >>> override(Decoding(), ["temperature=0", "top_k=5"]).top_k
+    5
+    """
+    for pair in pairs:
+        values = dataclasses.asdict(section)
+        _override(values, pair)
+        section = _build(type(section), values, repr(pair), prefix="")
+    return section
+
+
 def _override(values: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
-        raise InputError(f"--set {override!r}: write key=value, for example schedule.learning_rate=0.001")
+        raise InputError(f"{override!r}: write key=value")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise InputError(f"--set {override!r}: {parent!r} holds a value, not further keys")
+            raise InputError(f"{override!r}: {parent!r} holds a value, not further keys")
     try:
         values[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: not valid YAML ({error.problem}); mend the value") from None
+        raise InputError(f"{override!r}: not valid YAML ({error.problem}); mend the value") from None
 
 
 def _build(cls: type, values: dict, where: str, prefix: str) -> Any:
@@ -228,9 +254,7 @@ def _build(cls: type, values: dict, where: str, prefix: str) -> Any:
     for key, value in values.items():
         name = prefix + str(key)
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
-            raise InputError(f"{where}: unknown key {name!r}; {hint}")
+            raise InputError(f"{where}: unknown key {name!r}; {choose(name, [prefix + known for known in fields])}")
         section = fields[key].default_factory
         if dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
@@ -241,7 +265,7 @@ def _build(cls: type, values: dict, where: str, prefix: str) -> Any:
     try:
         return cls(**ready)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {prefix}{error}") from None
 
 
 def _checked(item: dataclasses.Field, value: Any, where: str) -> Any:
