@@ -71,9 +71,7 @@ def card(device: str) -> tuple[str, str]:
     if device != "cuda":
         return (
             device,
-            ""
-            if device == "mps"
-            else "no CUDA card: the notebooks run; the recipes of 7B and 13B are slow here, even where they fit",
+            "" if device == "mps" else "no CUDA card: the notebooks run; 7B and 13B are slow here, even where they fit",
         )
     import torch
 

@@ -62,9 +62,8 @@ def doctor(options: argparse.Namespace) -> None:
 
     found = examine()
     width = max(len(item.name) for item in found)
-    lines = [
-        f"{item.name:<{width}} {item.value}" + f"\n{'':<{width}} → {item.mend}" * bool(item.mend) for item in found
-    ]
+    remedy = "\n" + " " * width + " → "
+    lines = [f"{item.name:<{width}} {item.value}" + (remedy + item.mend if item.mend else "") for item in found]
     say(options, [dataclasses.asdict(item) for item in found], "\n".join(lines))
 
 
