@@ -57,7 +57,7 @@ def test_some_of_them_as_they_happen(tmp_path):
     (tmp_path / "broken.jsonl").write_text("{half\n", encoding="utf-8")
     calls = {
         "not valid JSON": lambda: read(tmp_path / "broken.jsonl"),
-        "not found; choose one of": lambda: recipes.load("nothing"),
+        "not found; ": lambda: recipes.load("nothing"),
         "no shape known for base": lambda: shapes.shape_of("nothing/here"),
         "is not an asset": lambda: loading.resolve("nothing"),
         "no adapter_config.json here": lambda: loading.read_adapter(tmp_path),
