@@ -23,7 +23,7 @@ every_notebook = pytest.mark.parametrize(
     "path", CHAPTERS + SOLUTIONS, ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-EXERCISE = re.compile(r"^\*\*(?:Exercise )?(\d+\.\d) (★+)", re.MULTILINE)
+EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d) (★+) (.+?)\.?\*\* ", re.MULTILINE)
 
 
 def cells(path, kind=None):
@@ -52,12 +52,12 @@ def printed(cell):
 
 
 def exercises(path):
-    """[(number, stars, stub, check)]: the two code cells behind each exercise of a chapter."""
+    """[(number, stars, title, stub, check)]: the two code cells behind each exercise of a chapter."""
     found, everything = [], cells(path)
     for place, cell in enumerate(everything):
-        for number, stars in EXERCISE.findall(cell["source"]) if cell["cell_type"] == "markdown" else ():
+        for number, stars, title in EXERCISE.findall(cell["source"]) if cell["cell_type"] == "markdown" else ():
             stub, check = everything[place + 1 : place + 3]
-            found.append((number, stars, stub, check))
+            found.append((number, stars, title, stub, check))
     return found
 
 
@@ -153,12 +153,13 @@ def test_three_exercises_each_with_a_stub_and_a_check(path):
     found = exercises(path)
     assert [number for number, *_ in found] == [f"{int(path.name[:2])}.{n}" for n in (1, 2, 3)]
     assert [stars for _, stars, *_ in found] == ["★", "★★", "★★★"]
-    for number, _, stub, check in found:
+    for number, _, title, stub, check in found:
         assert stub["cell_type"] == check["cell_type"] == "code", number
         assert "..." in stub["source"] or "# your lines here" in stub["source"], number
         assert printed(stub) == "", number
         assert printed(check) == "not attempted\n", number
-    assert f"../book/solutions/{path.name}" in prose(path), "no link to the solutions"
+        place = re.sub(r"[^\w\- ]", "", f"{number} {title}".lower()).replace(" ", "-")  # as MyST names a heading
+        assert f"[Solution](../book/solutions/{path.name}#{place})" in prose(path), f"{number}: no link to its solution"
 
 
 @every_chapter
@@ -167,10 +168,10 @@ def test_each_solution_passes_the_check_of_its_chapter(path):
     solution = ROOT / "book/solutions" / path.name
     assert solution.exists()
     assert f"../../notebooks/{path.name}" in prose(solution), "no link back to the chapter"
-    numbers = re.findall(r"^(?:#+ |\*\*)(?:Exercise )?(\d+\.\d)\b", prose(solution), re.MULTILINE)
-    assert numbers == [number for number, *_ in exercises(path)]
+    headings = re.findall(r"^## (\d+\.\d) (.+)$", prose(solution), re.MULTILINE)
+    assert headings == [(number, title) for number, _, title, *_ in exercises(path)]
     plain = [cell for cell in cells(solution, "code") if "setup" not in cell["metadata"].get("tags", [])]
-    for number, _, _, check in exercises(path):
+    for number, *_, check in exercises(path):
         wanted = statements(check["source"])
         same = [cell for cell in plain if statements(cell["source"])[-len(wanted) :] == wanted]
         assert len(same) == 1, f"{number}: the solution does not run the chapter's check"
