@@ -9,11 +9,21 @@ from cvlib import InputError
 from cvlib.commands import command, natural, positive, say
 from cvlib.commands.choosing import chosen, model_options
 
+COLUMNS = """\
+columns of the table:
+  bits per byte    what the answers' text costs with this model's help, with a 95 % interval over rows (chapter 00)
+  Chinese letters  share of all letters in its own answers that are Chinese characters
+  distinct-2       share of its neighbouring pairs of characters or words that are different: 1 repeats nothing
+  longest loop     characters or words in the longest stretch that says one piece three times or more in a row
+  endless          share of answers that had not ended after max_new_tokens
+
+example: cvlib evaluate --adapter runs/mine --rows data_samples/belle_zh.jsonl --answers 4"""
+
 
 def register(group) -> None:
     """Add this command to the command line."""
     about = "bits per byte on held-out rows and plain text, answers and their language, marks in an exam"
-    scoring = command(group, "evaluate", evaluate, about)
+    scoring = command(group, "evaluate", evaluate, about, epilog=COLUMNS)
     model_options(scoring)
     files = {"nargs": "+", "type": Path, "metavar": "FILE", "default": []}
     scoring.add_argument("--rows", **files, help="row files; their held-out split is scored")
@@ -43,7 +53,7 @@ def evaluate(options: argparse.Namespace) -> None:
         marks = exams.sit(model, tokenizer, subjects, options.scoring, template, options.batch)
         found["exam"] = exams.report(marks, options.scoring, options.shots)
         tables.append(exams.report_table(found["exam"]))
-    say(options, found, "\n\n".join(map(str, tables)))
+    say(options, found, "\n\n".join([*map(str, tables), *(said(one) for one in sets if "said" in one)]))
 
 
 def inputs(options: argparse.Namespace) -> tuple[dict, dict]:
@@ -78,8 +88,14 @@ def scores(options: argparse.Namespace, recipe, model, tokenizer, held_out: dict
             asked = [conversation[:-1] for conversation in parts[: options.answers]]
             ended = generation.ended(model, tokenizer, asked, recipe.template, recipe.decoding)
             about |= behaviour.summary(ended)
+            about["said"] = [[turns[-1].content, text] for turns, (text, _) in zip(asked, ended, strict=True)]
         sets.append(about)
     return sets
+
+
+def said(one: dict) -> str:
+    """A set's questions and the answers to them, to be read: no number says whether an answer is right."""
+    return "\n\n".join(f"> {question}\n{answer}" for question, answer in one["said"])
 
 
 def table(sets: list[dict]):
