@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="numbers of notebooks, such as 06")
     options = parser.parse_args()
     if options.what == "html":
-        return pages(ROOT)
+        return pages({path: path for path in notebooks()})
     try:
         if options.what == "book":
             return book()
@@ -46,7 +46,7 @@ def main() -> int:
 
 def book() -> int:
     """Execute a copy of every notebook and build the pages; copies of an unfinished book are kept until it is built."""
-    source, executed = BUILD / "source", BUILD / "executed"
+    executed = BUILD / "executed"
     fetch()
     stamp = digest(path for name in CODE for path in (ROOT / name).rglob("*"))
     copies = {path: executed / f"{path.stem}-{digest([path], stamp)}.ipynb" for path in notebooks()}
@@ -55,14 +55,7 @@ def book() -> int:
     if code := run({path: copy for path, copy in copies.items() if not copy.exists()}):
         print("`make book` goes on from here", file=sys.stderr)
         return code
-    shutil.rmtree(source, ignore_errors=True)
-    for name in ("book", "notebooks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, source)
-    for path, copy in copies.items():
-        shutil.copy(copy, source / path.relative_to(ROOT))
-    if code := pages(source):
+    if code := pages(copies):
         return code
     shutil.rmtree(executed)
     return 0
@@ -131,8 +124,16 @@ def normalised(notebook):
     return notebook
 
 
-def pages(source: Path) -> int:
-    """HTML of the book from the notebooks in `source`, warnings as errors, from an empty folder."""
+def pages(copies: dict[Path, Path]) -> int:
+    """HTML of the book with these copies of its notebooks, warnings as errors, from an empty folder."""
+    source = BUILD / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    for name in ("book", "notebooks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("_config.yml", "_toc.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, source)
+    for path, copy in copies.items():
+        shutil.copy(copy, source / path.relative_to(ROOT))
     for folder in ("html", ".doctrees", "_sphinx_design_static"):
         shutil.rmtree(BUILD / folder, ignore_errors=True)
     program = Path(sys.executable).parent / "jupyter-book"
