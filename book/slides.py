@@ -99,10 +99,16 @@ def sections(notebook):
 def cut(cell, with_code: bool = True):
     """The pieces of a cell, in order."""
     if cell.cell_type == "markdown":
-        for block in blocks(cell.source):
+        for block in blocks(unlinked(cell.source)):
             yield from prose(block)
     elif with_code and "setup" not in cell.metadata.get("tags", []):
         yield from code(cell)
+
+
+def unlinked(source: str) -> str:
+    """Prose whose links into the book are plain words: a deck lies elsewhere, and solutions are not for the screen."""
+    source = re.sub(r" \[Solution\]\([^)]*\)", "", source)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", source)
 
 
 def blocks(source: str) -> list[str]:
