@@ -104,6 +104,8 @@ def test_the_setup_cell_is_the_same_everywhere(path):
 def test_no_cell_is_longer_than_a_page_can_bear(path):
     sources = [cell["source"].splitlines() for cell in cells(path, "code")]
     assert max(map(len, sources)) <= 30
+    widest = max((line for source in sources for line in source), key=len)
+    assert len(widest) <= 127, f"a wide screen shows 127 characters of code: {widest}"
     lines = [sum(map(bool, map(str.strip, source))) for source in sources]
     if path in CHAPTERS:
         assert statistics.median(lines) <= 10
