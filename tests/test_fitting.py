@@ -59,7 +59,7 @@ def test_the_command_counts_an_answer_as_well(run, refused):
     code, out, _ = run(*same, "--serve", "32768")
     assert code == 1
     assert "--serve" in out.splitlines()[-1]
-    refused([*same, "--serve", "0"], "'0' is not a number of tokens")
+    refused([*same, "--serve", "0"], "'0' is not a whole number from 1")
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.names() if name.endswith(("2080ti", "t4", "8bit"))])

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 
 from cvlib import recipes
-from cvlib.commands import command, say, setting_option
+from cvlib.commands import command, positive, say, setting_option
 
 #: Memory of the cards people ask about, in bytes.
 CARDS = {"2080ti": 11_000_000_000, "t4": 16_000_000_000, "3090": 24_000_000_000, "4090": 24_000_000_000}
@@ -27,7 +27,7 @@ def register(group) -> None:
     )
     counting.add_argument(
         "--serve",
-        type=count,
+        type=positive,
         metavar="TOKENS",
         help="instead of training: answer in one conversation of so many tokens",
     )
@@ -47,13 +47,6 @@ def card(text: str) -> int:
             f"{text!r} is neither GB, above 0 and up to 1000, nor one of {', '.join(CARDS)}"
         )
     return round(size * 1e9)
-
-
-def count(text: str) -> int:
-    """A whole number above 0 given on the command line."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write a whole number above 0")
-    return int(text)
 
 
 def doctor(options: argparse.Namespace) -> None:
