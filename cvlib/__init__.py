@@ -28,10 +28,10 @@ class InputError(ValueError):
 def choose(word: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: up to three known ones that it resembles, or else all of them.
 
-    >>> choose("smollm2-135", ["smollm2-135m", "mistral-v1"])
+    >>> choose("smollm2-135", ["smollm2-135m", "minilm"])
     "did you mean 'smollm2-135m'?"
-    >>> choose("gpt", ["smollm2-135m", "mistral-v1"])
-    'choose one of smollm2-135m, mistral-v1'
+    >>> choose("gpt", ["smollm2-135m", "minilm"])
+    'choose one of smollm2-135m, minilm'
     """
     known = list(known)
     near = [repr(name) for name in difflib.get_close_matches(word, known)]

@@ -5,12 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 
 from cvlib import InputError, __version__
 from cvlib.commands import Parser, chat, data, evaluate, export, machine, serve, train, vocab
 
 #: What helps against a failure of the file system; anything else is a matter of the place.
 REMEDIES = {errno.ENOENT: "check the name", errno.ENOSPC: "make room", errno.EDQUOT: "make room"}
+
+FIRST = """\
+a first walk:
+  cvlib doctor
+  cvlib chat                                  an English model, asked in Chinese
+  cvlib train smollm2-cpu -o runs/mine        it learns
+  cvlib chat --adapter runs/mine              ask again
+
+Every command explains itself: cvlib train --help
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> Parser:
     """All commands and their options."""
-    top = Parser(prog="cvlib", description="The package behind the book Teach a Llama Chinese.")
+    about = "The package behind the book Teach a Llama Chinese."
+    top = Parser(prog="cvlib", description=about, epilog=FIRST, formatter_class=RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=__version__)
     group = top.add_subparsers(required=True, metavar="COMMAND")
     for subject in (machine, vocab, data, train, evaluate, export, chat, serve):

@@ -1,15 +1,6 @@
 """Many sources in, one file to train on out, and an account of every row.
 
-A mix is planned in a few lines of YAML:
-
-    sources:                          # a file or the name of a source, and its weight; earlier ones win over duplicates
-      data_samples/belle_zh.jsonl: 1
-      data_samples/alpaca_en.jsonl: 0.5
-      hsk-sentences: 0.25
-    held_out: [data_samples/belle_zh.jsonl, data_samples/exam]    # nothing of these may be trained on
-    rows: 2000                        # of the mix; 0: as many as are left
-    temperature: 1.0
-    seed: 42
+A mix is planned in a few lines of YAML; `cvlib data mix --help` shows one.
 
 Every row that is read meets exactly one fate, the first of these that applies: *invalid*; *held out*, by the hash that
 also decides it in training; *contaminated*, giving away a text of `held_out`; *duplicate*; *near duplicate*; and of

@@ -3,14 +3,15 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from cvlib import InputError, recipes
-from cvlib.__main__ import main
-from cvlib.commands import machine
+from cvlib import InputError, assets, mixture, recipes
+from cvlib.__main__ import main, parser
+from cvlib.commands import data, machine
 
 GOOD = '{"instruction": "问题%d", "output": "好"}\n'
 COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["export"], ["chat"], ["serve"]]
@@ -239,6 +240,25 @@ def test_every_command_takes_json_and_explains_itself(run):
         code, out, _ = run(*command, "--help")
         assert code == 0
         assert "--json" in out
+
+
+def test_the_examples_of_the_help_pages_are_commands(run):
+    """Each can be parsed, and the asset or recipe it names exists."""
+    pages = "\n".join(run(*command, "--help")[1] for command in [(), *COMMANDS])
+    examples = re.findall(r"^(?:example:)? *(cvlib [a-z].*?)(?:   .*)?$", pages, re.MULTILINE)
+    assert len(examples) > 20
+    for example in examples:
+        options = parser().parse_args(shlex.split(example)[1:])
+        if "train" in example and options.name == "cvlib train" and options.recipe:
+            recipes.load(options.recipe, options.set)
+        if base := getattr(options, "base", None):
+            assert base in assets.ASSETS
+
+
+def test_the_mix_of_the_help_page_is_one(tmp_path):
+    plan = tmp_path / "MIX.yaml"
+    plan.write_text(data.MIX, encoding="utf-8")
+    assert mixture.load(plan).rows == 2000
 
 
 def test_help_for_train_lists_every_key_of_a_recipe(run):

@@ -7,9 +7,9 @@ input cannot be used. Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,10 +53,21 @@ def subcommands(group, name: str, about: str):
     return group.add_parser(name, help=about, description=about).add_subparsers(required=True, metavar="ACTION")
 
 
-def setting_option(command: Parser, keys: Iterable[str], about: str) -> None:
-    """`--set KEY=VALUE`, as often as wanted."""
+def setting_option(command: Parser, keys: dict[str, dataclasses.Field], about: str) -> None:
+    """`--set KEY=VALUE`, as often as wanted, for keys as `recipes.keys` gives them."""
     command.keys = list(keys)
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
+
+
+def explained(keys: dict[str, dataclasses.Field]) -> str:
+    """The keys of `--set` for a help page, a line each."""
+    return "\n".join(["keys for --set, with their defaults:", *(_line(name, item) for name, item in keys.items())])
+
+
+def _line(name: str, item: dataclasses.Field) -> str:
+    default = item.default_factory() if item.default is dataclasses.MISSING else item.default
+    about = item.metadata["help"].replace("%", "%%")
+    return f"  {name + '=' + str(default).replace(' ', ''):<42} {about}"
 
 
 def natural(text: str) -> int:

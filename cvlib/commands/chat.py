@@ -7,17 +7,28 @@ import io
 import sys
 
 from cvlib import InputError, recipes
-from cvlib.commands import command, say, setting_option
+from cvlib.commands import command, explained, say, setting_option
 from cvlib.commands.choosing import engine, model_options, recipe_of
+
+EXAMPLES = """\
+/help lists the commands of the chat: undo, retry, save, load and others.
+
+examples:
+  cvlib chat --adapter runs/mine
+  cvlib chat --adapter runs/mine --web
+  cvlib chat runs/mine.gguf --set temperature=0 --system "Answer in Chinese."
+"""
 
 
 def register(group) -> None:
     """Add this command to the command line."""
-    talking = command(group, "chat", chat, "talk to a model, or to a GGUF file, in the terminal or in a browser")
+    keys = recipes.keys(recipes.Decoding)
+    about = "talk to a model, or to a GGUF file, in the terminal or in a browser"
+    talking = command(group, "chat", chat, about, f"{explained(keys)}\n\n{EXAMPLES}")
     model_options(talking)
     talking.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
     talking.add_argument("--web", action="store_true", help="a chat page, for browsers on this machine only")
-    setting_option(talking, recipes.keys(recipes.Decoding), "decoding, such as temperature=0")
+    setting_option(talking, keys, "decoding, such as temperature=0")
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -9,18 +9,35 @@ from pathlib import Path
 from cvlib import InputError
 from cvlib.commands import command, say, subcommands
 
+CHECK = """\
+Rows may have the shape of BELLE, Alpaca, Guanaco, ShareGPT or OpenAI's messages.
+
+example: cvlib data check mine.jsonl data_samples/belle_zh.jsonl"""
+MIX = """\
+sources:                              # a file or a packaged source, and its weight; earlier ones win over duplicates
+  data_samples/belle_zh.jsonl: 1
+  data_samples/alpaca_en.jsonl: 0.5
+  hsk-sentences: 0.25
+held_out: [data_samples/belle_zh.jsonl, data_samples/exam]    # nothing of these may be trained on
+rows: 2000                            # of the mix; 0: as many as are left
+temperature: 1.0                      # 1: in proportion to weight and rows; .inf: to the weights alone
+seed: 42"""
+
 
 def register(group) -> None:
     """Add these commands to the command line."""
     actions = subcommands(group, "data", "look at rows, and mix them")
 
-    checking = command(actions, "check", check, "rows, languages, turns, lengths, duplicates, and every broken row")
+    checking = command(
+        actions, "check", check, "rows, languages, turns, lengths, duplicates, and every broken row", CHECK
+    )
     checking.add_argument("files", nargs="+", metavar="FILE", help="row files, or the names of packaged sources")
     checking.add_argument(
         "--tokenizer", default="smollm2-135m", metavar="MODEL", help="whose tokens to count (default: smollm2-135m)"
     )
 
-    mixing = command(actions, "mix", mix, "mix sources as a MIX.yaml says: weighted, deduplicated, decontaminated")
+    about = "mix sources as a MIX.yaml says: weighted, deduplicated, decontaminated"
+    mixing = command(actions, "mix", mix, about, f"a MIX.yaml:\n\n{MIX}")
     mixing.add_argument("plan", type=Path, metavar="MIX.yaml", help="sources with weights, held-out files, rows, seed")
     mixing.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
     mixing.add_argument("--force", action="store_true", help="replace OUT.jsonl if it exists")

@@ -17,13 +17,16 @@ columns of the table:
   longest loop     characters or words in the longest stretch that says one piece three times or more in a row
   endless          share of answers that had not ended after max_new_tokens
 
-example: cvlib evaluate --adapter runs/mine --rows data_samples/belle_zh.jsonl --answers 4"""
+examples:
+  cvlib evaluate --adapter runs/mine --rows data_samples/belle_zh.jsonl --answers 4
+  cvlib evaluate --adapter runs/mine --exam data_samples/exam --shots 5
+"""
 
 
 def register(group) -> None:
     """Add this command to the command line."""
     about = "bits per byte on held-out rows and plain text, answers and their language, marks in an exam"
-    scoring = command(group, "evaluate", evaluate, about, epilog=COLUMNS)
+    scoring = command(group, "evaluate", evaluate, about, COLUMNS)
     model_options(scoring)
     files = {"nargs": "+", "type": Path, "metavar": "FILE", "default": []}
     scoring.add_argument("--rows", **files, help="row files; their held-out split is scored")

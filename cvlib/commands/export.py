@@ -10,10 +10,19 @@ from pathlib import Path
 from cvlib import InputError
 from cvlib.commands import command, say
 
+EXAMPLES = """\
+Adapters are merged in float32 and rounded once; the base must be the model in 16 bits.
+
+examples:
+  cvlib export --adapter runs/mine --to gguf --quant q8_0 -o runs/mine.gguf
+  cvlib export --adapter runs/mine --to hf -o runs/merged
+  cvlib export --adapter runs/general runs/law --to hf -o runs/both
+"""
+
 
 def register(group) -> None:
     """Add this command to the command line."""
-    leaving = command(group, "export", export, "one model folder or GGUF file out of a base and its adapters")
+    leaving = command(group, "export", export, "one model folder or GGUF file out of a base and its adapters", EXAMPLES)
     leaving.add_argument("model", nargs="?", help="asset, hub id or folder (default: the adapter's base)")
     leaving.add_argument(
         "--adapter", nargs="+", type=Path, default=[], metavar="DIR", help="adapters to merge, one over the other"

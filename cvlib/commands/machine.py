@@ -12,6 +12,15 @@ from cvlib.commands import command, positive, say, setting_option
 CARDS = {"2080ti": 11_000_000_000, "t4": 16_000_000_000, "3090": 24_000_000_000, "4090": 24_000_000_000}
 MARKS = "abcdefghijklmnopqrstuvwxyz"  # a letter for each part, in the table and in the bar
 
+EXAMPLES = """\
+The exit code is 1 if it does not fit; the last line says what to change.
+
+examples:
+  cvlib memory llama-7b-8bit-2080ti
+  cvlib memory llama-7b-8bit-2080ti --set data.max_length=1024 --card t4
+  cvlib memory llama-7b-8bit-2080ti --serve 2048
+"""
+
 
 def register(group) -> None:
     """Add these commands to the command line."""
@@ -20,7 +29,7 @@ def register(group) -> None:
     fetching = command(group, "assets", fetch, "list models, vocabularies and texts, or fetch and verify them")
     fetching.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; none lists them all")
 
-    counting = command(group, "memory", budget, "what a recipe needs, part by part, against a card's memory")
+    counting = command(group, "memory", budget, "what a recipe needs, part by part, against a card's memory", EXAMPLES)
     counting.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a .yaml file")
     counting.add_argument(
         "--card", type=card, default="2080ti", help=f"GB, or one of {', '.join(CARDS)} (default: 2080ti)"

@@ -30,7 +30,7 @@ llama.cpp's. Stop with Ctrl-C.
 
 def register(group) -> None:
     """Add this command to the command line."""
-    serving = command(group, "serve", serve, "a GGUF file behind OpenAI's interface, by llama.cpp", epilog=ABOUT)
+    serving = command(group, "serve", serve, "a GGUF file behind OpenAI's interface, by llama.cpp", ABOUT)
     serving.add_argument("model", type=Path, metavar="MODEL.gguf", help="a file that `cvlib export --to gguf` wrote")
     serving.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
     serving.add_argument("--port", type=port, default=8080, help="default: 8080; 0 takes a free one")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 from cvlib import InputError, recipes
-from cvlib.commands import command, say, setting_option
+from cvlib.commands import command, explained, say, setting_option
+
+EXAMPLES = """\
+examples:
+  cvlib train smollm2-cpu -o runs/mine
+  cvlib train smollm2-cpu --set 'data.train=[mine.jsonl]' --set schedule.epochs=1 -o runs/quick
+  cvlib train --resume runs/mine
+  cvlib train smollm2-cpu --init-adapter runs/mine -o runs/more"""
 
 
 def register(group) -> None:
     """Add this command to the command line."""
-    training = command(group, "train", train, "train an adapter as a recipe says", epilog=train_help())
+    keys = recipes.keys()
+    epilog = f"recipes: {', '.join(recipes.names())}\n\n{explained(keys)}\n\n{EXAMPLES}"
+    training = command(group, "train", train, "train an adapter as a recipe says", epilog)
     training.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name or a .yaml file")
     training.add_argument("-o", "--out", type=Path, help="the run's folder (default: runs/RECIPE)")
     start = training.add_mutually_exclusive_group()
@@ -21,20 +29,7 @@ def register(group) -> None:
         "--init-adapter", type=Path, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
     )
     start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, exactly as it was")
-    setting_option(training, recipes.keys(), "change one value of the recipe")
-
-
-def train_help() -> str:
-    """The recipes and every key `--set` can change, read off the dataclasses."""
-    lines = [f"recipes: {', '.join(recipes.names())}", "", "keys for --set, with their defaults:"]
-    lines += [_key(name, item) for name, item in recipes.keys().items()]
-    return "\n".join([*lines, "", "example: cvlib train smollm2-cpu --set schedule.epochs=1 -o runs/quick"])
-
-
-def _key(name: str, item: dataclasses.Field) -> str:
-    default = item.default_factory() if item.default is dataclasses.MISSING else item.default
-    about = item.metadata["help"].replace("%", "%%")
-    return f"  {name + '=' + str(default).replace(' ', ''):<42} {about}"
+    setting_option(training, keys, "change one value of the recipe")
 
 
 def train(options: argparse.Namespace) -> int | None:

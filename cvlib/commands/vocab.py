@@ -11,21 +11,36 @@ from cvlib import InputError
 from cvlib.commands import command, positive, say, subcommands
 
 SHOWN = 8  # examples of each finding
+TRAIN = "example: cvlib vocab train novel.txt --size 8000 -o zh.model"
+MERGE = "example: cvlib vocab merge mistral-v1-tokenizer zh.model -o merged.model"
+AUDIT = "example: cvlib vocab audit merged.model --base mistral-v1-tokenizer"
+EXTEND = """\
+examples:
+  cvlib vocab extend smollm2-135m --packaged --pieces 2048 -o runs/grown
+  cvlib vocab extend mistral-v1-tokenizer novel.txt --common --pieces 8000 --multiple 64 -o grown.model
+"""
+FERTILITY = "example: cvlib vocab fertility smollm2-135m mistral-v1-tokenizer runs/grown --text novel.txt"
 
 
 def register(group) -> None:
     """Add these commands to the command line."""
     actions = subcommands(group, "vocab", "train, merge, extend, audit and compare vocabularies")
 
-    training = command(actions, "train", train, "learn a Chinese SentencePiece model from text")
+    about = "learn a Chinese SentencePiece model from text"
+    training = command(actions, "train", train, about, TRAIN)
     text_options(training)
     training.add_argument("--size", type=positive, required=True, help="pieces in all, bytes and control tokens too")
     training.add_argument(
         "--algorithm", choices=("bpe", "unigram"), default="bpe", help="unigram: as the published Chinese model"
     )
 
-    merging = command(actions, "merge", merge, "append to one SentencePiece model the pieces of another that it lacks")
-    merging.add_argument("base", metavar="BASE", help="a LLaMA-family tokenizer.model, or an asset such as mistral-v1")
+    about = "append to one SentencePiece model the pieces of another that it lacks"
+    merging = command(
+        actions, "merge", merge, about, "example: cvlib vocab merge mistral-v1-tokenizer zh.model -o merged.model"
+    )
+    merging.add_argument(
+        "base", metavar="BASE", help="a LLaMA-family tokenizer.model, or an asset such as mistral-v1-tokenizer"
+    )
     merging.add_argument("extra", type=Path, metavar="EXTRA", help="the model to take pieces from")
     merging.add_argument(
         "--scores",
@@ -35,7 +50,8 @@ def register(group) -> None:
     )
     merging.add_argument("--han-only", action="store_true", help="take purely Chinese pieces only")
 
-    extending = command(actions, "extend", extend, "grow a tokenizer by Chinese pieces that its own merges reach")
+    about = "grow a tokenizer by Chinese pieces that its own merges reach"
+    extending = command(actions, "extend", extend, about, EXTEND)
     extending.add_argument("base", metavar="BASE", help="a .model, a byte-level tokenizer.json, a folder or an asset")
     text_options(extending)
     extending.add_argument(
@@ -50,12 +66,16 @@ def register(group) -> None:
     for making in (training, merging, extending):
         making.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="what to write")
 
-    auditing = command(actions, "audit", audit, "what a grown vocabulary did to its base")
+    about = "what a grown vocabulary did to its base"
+    auditing = command(
+        actions, "audit", audit, about, "example: cvlib vocab audit merged.model --base mistral-v1-tokenizer"
+    )
     auditing.add_argument("merged", metavar="MERGED", help="the grown tokenizer: file, folder or asset")
     auditing.add_argument("--base", required=True, metavar="BASE", help="the tokenizer it grew from")
     auditing.add_argument("--text", type=Path, metavar="FILE", help="also count the lines of FILE that are cut anew")
 
-    counting = command(actions, "fertility", fertility, "what a text costs in one vocabulary or several")
+    about = "what a text costs in one vocabulary or several"
+    counting = command(actions, "fertility", fertility, about, FERTILITY)
     counting.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="files, folders or assets")
     counting.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to count")
 
