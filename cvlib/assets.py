@@ -62,6 +62,10 @@ class Asset:
 ASSETS = {row["name"]: Asset(**row) for row in json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))}
 
 
+#: Those that are a causal language model; the others are vocabularies, texts, and an encoder.
+MODELS = tuple(name for name, asset in ASSETS.items() if asset.hub or asset.file_name.endswith(".gguf"))
+
+
 def home() -> Path:
     """The cache folder: `CVLIB_HOME`, else the platform's usual place."""
     if chosen := os.environ.get("CVLIB_HOME"):

@@ -31,6 +31,11 @@ class Guard(TrainerCallback):
                 f"schedule.warmup_steps is {args.warmup_steps:.0f}, but the run has {state.max_steps} steps; choose "
                 "fewer, or 0 to climb for schedule.warmup_ratio of them"
             )
+        if args.get_warmup_steps(state.max_steps) >= state.max_steps:
+            raise InputError(
+                f"all {state.max_steps} steps of this run are warm-up, from rate 0; set schedule.warmup_ratio=0, or "
+                "train for longer"
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         missing = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]

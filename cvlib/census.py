@@ -22,12 +22,13 @@ import numpy as np
 from cvlib import InputError, sources
 from cvlib.batching import encode
 from cvlib.duplicates import Fingerprints, row_text
-from cvlib.messages import Conversation
+from cvlib.messages import Conversation, held_out
 from cvlib.templates import render
 
 KANA, HAN = re.compile("[\u3041-\u30ff]"), re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 QUANTILES = (0, 0.1, 0.5, 0.9, 1)
 BATCH = 256  # rows fingerprinted at once
+SHOWN = 20  # broken rows in a report
 
 
 def language(text: str) -> str:
@@ -63,14 +64,16 @@ def _script(character: str) -> str:
 class Census:
     """What `count` found in one file.
 
-    `languages` and `turns` count conversations, by the language of all their text and by their number of questions.
-    `characters` and `tokens` are quantiles (least, 10 %, median, 90 %, most) of a whole conversation's length; tokens
-    include the template's and are empty without a tokenizer. `duplicates` and `near_duplicates` pair a row with the
-    first one like it, both by line. `broken` says of every row that cannot be used where and why.
+    `held_out` rows are kept from training by their hash. `languages` and `turns` count conversations, by the language
+    of all their text and by their number of questions. `characters` and `tokens` are quantiles (least, 10 %, median,
+    90 %, most) of a whole conversation's length; tokens include the template's and are empty without a tokenizer.
+    `duplicates` and `near_duplicates` pair a row with the first one like it, both by line. `broken` says of every row
+    that cannot be used where and why.
     """
 
     name: str
     rows: int = 0
+    held_out: int = 0
     languages: dict[str, int] = field(default_factory=dict)
     turns: dict[int, int] = field(default_factory=dict)
     characters: list[int] = field(default_factory=list)
@@ -108,6 +111,7 @@ def count(name: str, tokenizer=None, template: str = "chatml") -> Census:
         languages[language(text)] += 1
         turns[sum(turn.role == "user" for turn in row)] += 1
         characters.append(len(text))
+        census.held_out += held_out(row)
         if tokenizer:
             tokens.append(length(row, tokenizer, template))
     census.rows, census.turns = len(lines), dict(sorted(turns.items()))
@@ -133,14 +137,16 @@ def report(census: Census) -> str:
     """The count as lines of text."""
     lines = [f"{census.name}: {census.rows:,} rows, {len(census.broken):,} broken"]
     if census.rows:
+        lines += [f"  split       {census.rows - census.held_out:,} to train on, {census.held_out:,} held out by hash"]
         parts = ", ".join(f"{name} {n / census.rows:.0%}" for name, n in census.languages.items())
         lines += [f"  languages   {parts}"]
-        lines += ["  questions   " + ", ".join(f"{n:,} rows with {turn}" for turn, n in census.turns.items())]
+        lines += ["  questions   " + ", ".join(f"{turn} in {n:,} rows" for turn, n in census.turns.items())]
     for name, values in (("characters", census.characters), ("tokens", census.tokens)):
         if values:
-            lines.append(f"  {name:<11} least {values[0]:,}, 10 % {values[1]:,}, median {values[2]:,}, "
-                         f"90 % {values[3]:,}, most {values[4]:,}")  # fmt: skip
+            lines.append(f"  {name:<11} from {values[0]:,} to {values[4]:,}, median {values[2]:,}, "
+                         f"eight of ten between {values[1]:,} and {values[3]:,}")  # fmt: skip
     for kind, pairs in (("duplicates", census.duplicates), ("near duplicates", census.near_duplicates)):
         shown = ", ".join(f"line {line} of {first}" for line, first in pairs[:8]) + (" …" if len(pairs) > 8 else "")
         lines.append(f"  {kind}: {len(pairs):,}" + (f" ({shown})" if pairs else ""))
-    return "\n".join([*lines, *(f"  {reason}" for reason in census.broken)])
+    more = [f"  … and {len(census.broken) - SHOWN:,} more"] * (len(census.broken) > SHOWN)
+    return "\n".join([*lines, *(f"  {reason}" for reason in census.broken[:SHOWN]), *more])

@@ -124,7 +124,7 @@ def terminal(chat: Chat, write: Callable[[str], None], read: Callable[[str], str
     while True:
         try:
             line = read("\n> ").strip()
-            if line == "/exit":
+            if line in ("/exit", "/quit"):
                 return
             if line:
                 show(chat, command(chat, line) if line.startswith("/") else chat.reply(line), write)
@@ -213,6 +213,8 @@ def _load(chat: Chat, name: str) -> Iterator[str]:
     chat.system = turns[0].content if turns[0].role == "system" else ""
     chat.history, chat.forgotten = turns[bool(chat.system) :], 0
     yield f"loaded {len(chat.history) // 2} exchanges from {path}"
+    if chat.history:
+        yield "; the last one:\n> " + "\n".join(turn.content for turn in chat.history[-2:])
 
 
 def _path(name: str) -> Path:

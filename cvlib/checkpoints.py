@@ -67,12 +67,15 @@ def alone(out: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()  # FileLock would wait for a place where nothing can be written
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{unfinished(out)}: another process is training it; wait for its end or stop it") from None
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); name another place") from None
     try:
         yield
     finally:
@@ -97,7 +100,7 @@ def begun(run: str | Path) -> Recipe:
         InputError: no such run, or one that is complete.
     """
     work, out = unfinished(run), finished(run)
-    if out.exists() and not work.exists():
+    if (out / "adapter_config.json").is_file() and not work.exists():
         raise InputError(f"{out}: this run is complete; start a new one from it with --init-adapter {out}")
     if not (work / "run.json").is_file():
         raise InputError(f"{work}: no interrupted run; name the folder that `cvlib train` was writing")
@@ -129,7 +132,7 @@ def reopen(out: Path, recipe: Recipe) -> Path | None:
     last = newest(work)
     if is_first():
         for folder in work.glob("checkpoint-*"):
-            if not (folder / MARK).is_file():
+            if folder not in complete(work):
                 shutil.rmtree(folder)
         cut(work / "metrics.jsonl", after(last) if last else 0)
     return last
@@ -194,8 +197,14 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def complete(work: Path) -> list[Path]:
-    """The checkpoints that carry our mark, oldest first."""
-    return sorted((path.parent for path in work.glob(f"checkpoint-*/{MARK}")), key=after)
+    """The checkpoints that carry our mark and have kept their files' sizes since, oldest first."""
+    marked = (path.parent for path in work.glob(f"checkpoint-*/{MARK}"))
+    return sorted((folder for folder in marked if sizes(folder) == json.loads((folder / MARK).read_text())), key=after)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each file of a checkpoint, the mark aside."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MARK and path.is_file()}
 
 
 def newest(work: Path) -> Path | None:
@@ -259,8 +268,9 @@ def mark(folder: Path) -> None:
     """Put our mark on a checkpoint, after all of it has reached the disk; then the oldest may go, two stay."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+    found = json.dumps(sizes(folder))
     part = folder / f"{MARK}.part"
-    part.touch()
+    part.write_text(found, encoding="utf-8")
     sync(part)
     os.replace(part, folder / MARK)
     sync(folder)

@@ -63,6 +63,8 @@ def load(base: str, bits: int = 16, dtype: str = "auto", adapter: str | Path | N
     options["attn_implementation"] = attention.NAME
     if adapter:
         belongs(adapter, base)
+    if base in assets.ASSETS and base not in assets.MODELS:
+        raise InputError(f"{base}: {assets.find(base).what}, and no model; {choose(base, assets.MODELS)}")
     folder = resolve(base)
     try:
         model = quiet(AutoModelForCausalLM.from_pretrained, folder, **options)
@@ -138,7 +140,9 @@ def attach(model, adapter: str | Path, base: str, trainable: bool = False):
         with warnings.catch_warnings():  # peft only warns when it finds nothing for a matrix (trap 15)
             warnings.filterwarnings("error", "Found missing adapter keys")
             return quiet(PeftModel.from_pretrained, model, str(adapter), is_trainable=trainable)
-    except (RuntimeError, IndexError, ValueError, SafetensorError, UserWarning) as error:
+    except SafetensorError:
+        raise InputError(f"{adapter}: adapter_model.safetensors is cut short or damaged; train it again") from None
+    except (RuntimeError, IndexError, ValueError, UserWarning) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{adapter}: its weights do not fit {base!r} ({reason}); train it again") from None
 
@@ -162,6 +166,8 @@ def belongs(adapter: str | Path, base: str) -> None:
 def read_adapter(folder: str | Path) -> dict:
     """The settings in an adapter folder's `adapter_config.json`."""
     path = Path(folder) / "adapter_config.json"
+    if not path.parent.is_dir():
+        raise InputError(f"{folder}: no such folder; name the one that `cvlib train` wrote")
     if not path.is_file():
         raise InputError(f"{folder}: no adapter_config.json here; name the folder that `cvlib train` wrote")
     try:
@@ -175,6 +181,8 @@ def resolve(base: str) -> str:
     if base in assets.ASSETS:
         path = assets.fetch(base)
         return str(convert(base, path) if path.suffix == ".gguf" else path)
+    if Path(base).is_file():
+        raise InputError(f"{base}: a file; name a model's folder (a GGUF file is for `cvlib chat` and `cvlib serve`)")
     if Path(base).is_dir():
         if not (Path(base) / "config.json").is_file():
             if (Path(base) / "adapter_config.json").is_file():
@@ -184,7 +192,7 @@ def resolve(base: str) -> str:
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return base
     raise InputError(
-        f"base {base!r} is not an asset, a folder or a hub id like org/name; {choose(base, assets.ASSETS)}"
+        f"base {base!r} is not an asset, a folder or a hub id like org/name; {choose(base, assets.MODELS)}"
     )
 
 

@@ -181,6 +181,8 @@ def read(path: str | Path) -> list[Conversation]:
 
 def _texts(path: Path) -> Iterator[tuple[int, str | dict | UnicodeDecodeError]]:
     """Non-empty lines of a JSON-lines file, or the elements of a JSON array, numbered from 1; a line may be broken."""
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder; name the files in it that hold rows")
     if not path.is_file():
         raise InputError(f"{path}: no such file; name a .jsonl or .json file of rows")
     try:

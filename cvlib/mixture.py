@@ -56,7 +56,8 @@ class Plan:
         need(bool(right), "sources", self.sources, "write one `file or source: weight` a line")
         for name, weight in self.sources.items():
             need(isinstance(name, str), "sources", name, "write the name of a file or source")
-            need(_number(weight) and 0 < weight < np.inf, f"sources: {name}", weight, "choose a weight above 0")
+            real = _number(weight) and 0 < weight < np.inf
+            need(real, f"sources: {name}", weight, "write a weight above 0, such as 1")
         names = isinstance(self.held_out, list) and all(isinstance(name, str) for name in self.held_out)
         need(names, "held_out", self.held_out, "write a list of files, such as [a.jsonl]")
         need(type(self.rows) is int and 0 <= self.rows <= 10**8, "rows", self.rows, "choose 0 (all) up to 100000000")
@@ -79,9 +80,11 @@ def load(path: str | Path) -> Plan:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a MIX.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid YAML ({reason}); mend it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
     known = [item.name for item in fields(Plan)]
     if not isinstance(values, dict) or "sources" not in values or set(values) - set(known):
         found = list(values) if isinstance(values, dict) else type(values).__name__

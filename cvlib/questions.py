@@ -93,6 +93,8 @@ def read(folder: str | Path, shots: int = 5, limit: int | None = None) -> list[S
         InputError: no questions here, a missing column, or a row that cannot be asked.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name an exam folder as C-Eval or CMMLU publish it")
     asked = next((found for part in ("val", "test") if (found := sorted((folder / part).glob("*.csv")))), [])
     if not asked:
         raise InputError(f"{folder}: no .csv files in val/ or test/; name an exam folder as C-Eval or CMMLU publish it")

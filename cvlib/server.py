@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -44,6 +45,7 @@ def launch(
     import xllamacpp
 
     read_facts(path)
+    refuse_address(host, port)
     options = xllamacpp.CommonParams()
     options.model.path, options.model_alias = str(path), {Path(path).stem}
     options.hostnames, options.port, options.api_keys = [host], port, [key]
@@ -55,10 +57,17 @@ def launch(
     try:
         return xllamacpp.Server(options)
     except RuntimeError:
-        where = f"{host}:{port}" if port else host
-        raise InputError(
-            f"{path}: llama.cpp cannot serve it on {where}; is the port taken, the file cut short, or memory too small?"
-        ) from None
+        raise InputError(f"{path}: llama.cpp cannot load it; is it cut short, or memory too small?") from None
+
+
+def refuse_address(host: str, port: int) -> None:
+    """Refuse an address this machine cannot listen on: another program's port, or a host of somebody else."""
+    try:
+        family = socket.getaddrinfo(host, port)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror.partition(" (while")[0]  # Python repeats the address
+        raise InputError(f"{host}:{port}: {reason}; choose another --port or --host") from None
 
 
 @contextmanager
@@ -86,6 +95,13 @@ def accepted(reply: dict) -> dict:
     return reply
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether there is a file that begins as GGUF files do, whatever its name ends in."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+    return False
+
+
 def read_facts(path: str | Path) -> dict:
     """The settings at the head of a GGUF file by name; its lists (pieces, merges) are passed over.
 
@@ -95,7 +111,8 @@ def read_facts(path: str | Path) -> dict:
         with open(path, "rb") as file:
             return dict(_facts(file))
     except (OSError, struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        damaged = "it is cut short or damaged" if isinstance(error, struct.error) else error
+        reason = getattr(error, "strerror", None) or damaged
         raise InputError(f"{path}: no GGUF file to read ({reason}); write one with `cvlib export --to gguf`") from None
 
 

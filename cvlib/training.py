@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from cvlib import ROOT, InputError, checkpoints, loading, sources, texts, vocabulary
+from cvlib import ROOT, InputError, checkpoints, choose, loading, sources, texts, vocabulary
 from cvlib.adapters import add_adapter, continue_adapter, grow, two_rates
 from cvlib.batching import Example, blocks, encode, flatten
 from cvlib.callbacks import Guard, Keeper, Steps
@@ -29,9 +30,10 @@ from cvlib.templates import render
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run left behind: its folder, one entry per optimiser step, and the model, still loaded."""
+    """What a training run left behind: its folder, how many rows it had, its steps, and the model, still loaded."""
 
     folder: Path
+    rows: int
     steps: list[dict]
     seconds: float
     model: torch.nn.Module
@@ -95,7 +97,7 @@ def train(recipe: Recipe, out: str | Path, loaded=None, init: str | Path | None 
         except BaseException:
             checkpoints.abandon(out)
             raise
-        return Run(out, steps, steps[-1]["seconds"], model, tokenizer)
+        return Run(out, len(examples), steps, steps[-1]["seconds"], model, tokenizer)
 
 
 def join(recipe: Recipe) -> str:
@@ -141,7 +143,11 @@ def learn(model, tokenizer, examples: list[Example], recipe: Recipe, settings: T
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Refuse what this machine's hardware cannot do, before anything is loaded."""
+    """Refuse what this machine cannot do, before anything is loaded."""
+    if recipe.report_to not in (known := ["none", *INTEGRATION_TO_CALLBACK]):
+        raise InputError(f"report_to is {recipe.report_to!r}; {choose(recipe.report_to, known)}")
+    if recipe.report_to not in ("none", *get_available_reporting_integrations()):
+        raise InputError(f"report_to is {recipe.report_to!r}, which is not installed; install it or choose none")
     card = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if not card and recipe.schedule.optimizer != "adamw":
         raise InputError(
@@ -160,7 +166,10 @@ def grown_tokenizer(recipe: Recipe, init: str | Path | None) -> str:
         raise InputError(
             f"growth.tokenizer is {asked!r}, but {init} was not trained with it; leave it empty to go on as before"
         )
-    return brought or asked
+    own = brought or asked
+    if own and not loading.has_tokenizer(own):
+        raise InputError(f"growth.tokenizer is {own!r}: no tokenizer there; name a folder `cvlib vocab extend` wrote")
+    return own
 
 
 def training_rows(files: Iterable[str]) -> list[Conversation]:

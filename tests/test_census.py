@@ -1,6 +1,7 @@
 """`cvlib.census`: what is counted in a small file by hand, in every encoding, broken rows and all."""
 
 import json
+import re
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_tokens_are_those_of_training(tmp_path):
 def test_the_report_names_every_broken_row_and_the_counts(tmp_path):
     text = report(count(str(file_of(tmp_path))))
     assert "6 rows, 2 broken" in text
-    assert "5 rows with 1, 1 rows with 2" in text
+    assert "1 in 5 rows, 2 in 1 rows" in text
+    assert re.search(r"split +\d to train on, \d held out by hash", text)
     assert "duplicates: 1 (line 7 of 2)" in text
     assert text.count("rows.jsonl:") == 3
 

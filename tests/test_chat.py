@@ -272,7 +272,7 @@ def test_save_and_load(talker, tmp_path):
     assert f"saved to {file}\n[{file}: exists already; name another file]\n" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
     other = Chat(talker.engine, talker.decoding)
-    assert converse(other, f"/load {file}") == f"loaded 1 exchanges from {file}\n"
+    assert converse(other, f"/load {file}") == (f"loaded 1 exchanges from {file}; the last one:\n> 你好\n再来\n回答\n")
     assert (other.system, other.history) == (talker.system, talker.history)
     assert messages.read(file) == [talker.led(talker.history)]  # training reads it too
 

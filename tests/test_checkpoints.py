@@ -133,7 +133,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe_file, whole, run, tmp_path):
     assert checkpoints.newest(work)
     assert not out.exists()
     code, said, _ = run("train", "--resume", out)
-    assert (code, said[:10]) == (0, "6 steps in")
+    assert (code, said[:10]) == (0, "6 steps ov")
     assert weights(out) == weights(whole)
 
 
@@ -146,8 +146,20 @@ def test_only_a_marked_checkpoint_is_picked(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     assert checkpoints.newest(tmp_path) is None
     for step in (9, 50):
-        (tmp_path / f"checkpoint-{step}" / checkpoints.MARK).touch()
+        checkpoints.mark(tmp_path / f"checkpoint-{step}")
     assert checkpoints.newest(tmp_path).name == "checkpoint-50"
+    (tmp_path / "checkpoint-50" / "trainer_state.json").write_text("damaged since")
+    assert checkpoints.newest(tmp_path).name == "checkpoint-9"
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_not_the_run(recipe_file, whole, tmp_path, monkeypatch):
+    """Its files have other sizes than when it was marked: the run goes on from the one before."""
+    work = stopped(recipes.load(recipe_file), tmp_path / "run", 5, monkeypatch)
+    (work / "checkpoint-5" / "optimizer.pt").write_bytes(b"cut")
+    assert checkpoints.newest(work).name == "checkpoint-4"
+    run = train(recipes.load(recipe_file), tmp_path / "run", resume=True)
+    assert weights(run.folder) == weights(whole)
+    assert losses(run.folder) == losses(whole)
 
 
 def test_a_half_written_checkpoint_is_removed_and_two_whole_ones_kept(recipe_file, whole, tmp_path, monkeypatch):
@@ -286,7 +298,7 @@ def test_trap_12_two_processes_are_one_at_the_same_effective_batch(make, tmp_pat
     both = command(path, "-o", tmp_path / "both", launcher=launcher)
     said, bar = both.communicate(timeout=500)
     assert both.returncode == 0, bar
-    assert said.count("3 steps in") == 1
+    assert said.count("3 steps over") == 1
     mine, theirs = losses(tmp_path / "both"), losses(alone)
     assert [row[1] for row in mine] == pytest.approx([row[1] for row in theirs], rel=1e-5)
     assert [(row[0], row[2:]) for row in mine] == [(row[0], row[2:]) for row in theirs]

@@ -6,12 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from cvlib import InputError, assets, mixture, recipes
 from cvlib.__main__ import main, parser
-from cvlib.commands import data, machine
+from cvlib.commands import data, machine, train
 
 GOOD = '{"instruction": "问题%d", "output": "好"}\n'
 COMMANDS = [["doctor"], ["assets"], ["memory"], ["train"], ["evaluate"], ["export"], ["chat"], ["serve"]]
@@ -153,7 +154,7 @@ def test_files_that_are_not_there(refused, tmp_path):
     refused(["evaluate", "--rows", tmp_path / "none.jsonl"], tmp_path / "none.jsonl", "no such file")
     refused(["train", "nosuch"], "recipe 'nosuch' not found; choose one of", "smollm2-cpu")
     refused(["train", tmp_path / "none.yaml"], "none.yaml", "not found")
-    refused(["chat", "--adapter", tmp_path / "none"], "no adapter_config.json here", "cvlib train")
+    refused(["chat", "--adapter", tmp_path / "none"], "no such folder", "cvlib train")
 
 
 def test_rows_with_nothing_held_out(refused, tmp_path):
@@ -192,7 +193,7 @@ def test_a_value_that_cannot_be_meant(override, words, refused):
 def test_a_decoding_that_cannot_be_meant(refused):
     refused(["chat", "--set", "temperature=-1"], "temperature is -1.0; choose 0 or more")
     refused(["chat", "--set", "heat=1"], "unknown key 'heat'; choose one of temperature, top_k")
-    refused(["chat", "--set", "temprature=1"], "'temprature=1': unknown key 'temprature'; did you mean 'temperature'?")
+    refused(["chat", "--set", "temprature=1"], "temprature=1: unknown key 'temprature'; did you mean 'temperature'?")
 
 
 def test_an_adapter_of_another_base(trained, refused):
@@ -205,6 +206,48 @@ def test_an_adapter_of_another_base(trained, refused):
 def test_a_run_folder_that_exists(trained, refused):
     folder, _ = trained
     refused(["train", "smollm2-cpu", "-o", folder], f"{folder}: exists already; name another folder or remove it")
+
+
+def test_places_without_a_name(refused):
+    """An empty one is what a shell makes of a variable that is not set."""
+    for place in ("", ".", "/", ".."):
+        for option in ("-o", "--resume", "--init-adapter"):
+            refused(["train", "smollm2-cpu", option, place], f"{place!r} has no name of its own")
+        refused(["export", "smollm2-135m", "--to", "gguf", "-o", place], "has no name of its own")
+
+
+def test_rows_where_a_recipe_belongs(refused, rows_file):
+    refused(["train", rows_file], "rows are no recipe", f"--set 'data.train=[{rows_file}]'")
+    refused(["train", "smollm2-cpu", "--set", f"data.train=[{rows_file.parent}]"], "this is a folder")
+
+
+def test_a_reporter_and_a_grown_tokenizer_that_are_not_there(tiny, refused, rows_file, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {tiny}\ndata: {{train: ['{rows_file}']}}\n", encoding="utf-8")
+    refused(["train", mine, "--set", "report_to=tensorbord"], "report_to is 'tensorbord'; did you mean 'tensorboard'")
+    for tokenizer in ("nosuch", tmp_path):
+        refused(["train", mine, "--set", f"growth.tokenizer={tokenizer}"], "no tokenizer there", "cvlib vocab extend")
+
+
+def test_what_is_no_model(refused, rows_file):
+    refused(["chat", rows_file], f"{rows_file}: a file; name a model's folder")
+    refused(["chat", "mistral-v1-tokenizer"], "and no model; choose one of smollm2-135m")
+    refused(["vocab", "fertility", "smollm2-135", "--text", rows_file], "did you mean 'smollm2-135m'")
+
+
+def test_options_of_evaluate_that_would_do_nothing(tiny, refused, rows_file):
+    refused(["evaluate", tiny, "--text", rows_file, "--answers", "2"], "--answers asks the questions of rows")
+    refused(["evaluate", tiny, "--rows", rows_file, "--shots", "2"], "--shots belongs to an exam")
+
+
+def test_a_loss_that_rises_is_said(capsys):
+    run = SimpleNamespace(folder="runs/a", rows=8, steps=[1, 2], losses=[2.4, 23.9], seconds=1.0, adapter_bytes=10**6)
+    train.report(SimpleNamespace(json=False), run)
+    run.losses = [2.4, 2.3]
+    train.report(SimpleNamespace(json=False), run)
+    risen, fallen = capsys.readouterr().out.split("2 steps over 8 rows")[1:]
+    assert "the loss has not fallen" in risen
+    assert "the loss has not fallen" not in fallen
 
 
 def test_an_unknown_asset_and_base(refused):

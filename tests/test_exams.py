@@ -246,7 +246,8 @@ def test_the_command_scores_plain_text(tiny, rows_file, tmp_path, run):
 
 
 def test_exams_that_cannot_be_used(cmmlu, tiny, tmp_path, refused):
-    refused(["evaluate", tiny, "--exam", tmp_path / "none"], "no .csv files in val/ or test/")
+    refused(["evaluate", tiny, "--exam", tmp_path / "none"], "no such folder")
+    refused(["evaluate", tiny, "--exam", tmp_path], "no .csv files in val/ or test/")
     refused(["evaluate", tiny, "--exam", cmmlu, "--shots", "6"], "has 5 worked examples", "fewer --shots")
     refused(["evaluate", tiny, "--exam", cmmlu, "--limit", "1", "--scoring", "best"], "scoring 'best' is unknown")
     path = cmmlu / "test" / "agronomy.csv"

@@ -196,7 +196,7 @@ def test_what_cannot_be_merged(adapter, tiny, tmp_path, monkeypatch):
     refused(lambda: export.merge(base, [folder], out, dtype="int8"), "dtype 'int8' is unknown; choose one of bfloat16")
     refused(lambda: export.merge(base, [folder], tiny), f"{tiny}: exists already", "force")
     (tmp_path / "letters").mkdir()
-    refused(lambda: export.merge(base, [], tmp_path / "letters", force=True), "exists already")
+    refused(lambda: export.merge(base, [], tmp_path / "letters", force=True), "holds no model, so force does not")
     quantised = shutil.copytree(tiny, tmp_path / "quantised")
     config = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (quantised / "config.json").write_text(json.dumps(config))
@@ -204,7 +204,7 @@ def test_what_cannot_be_merged(adapter, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(loading, "load", None)  # asked before anything is loaded
     count = sum(weight.numel() for weight in load_file(tiny / "model.safetensors").values())
-    refused(lambda: export.merge(base, [folder], out), f"{2 * count:,} bytes needed but 1,000 free")
+    refused(lambda: export.merge(base, [folder], out), f"{2 * count:,} bytes needed on the way, 1,000 free")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letters", "quantised"]
 
 
@@ -518,7 +518,7 @@ def test_weights_that_do_not_fit(tiny, tmp_path, monkeypatch):
     loading.quiet(LlamaForCausalLM(narrow).save_pretrained, tmp_path / "narrow")
     refused(lambda: written(tmp_path / "narrow", tmp_path, "q8_0"), "is 48 wide, no multiple of 32; choose f16")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    refused(lambda: written(tiny, tmp_path), "bytes needed but 1,000 free")
+    refused(lambda: written(tiny, tmp_path), "bytes needed on the way, 1,000 free")
     assert list(tmp_path.rglob("*gguf*")) == []
 
 
@@ -528,7 +528,7 @@ def test_the_command_asks_for_room_first_and_clears_up_after_one_that_was_killed
     (tmp_path / ".a.gguf.merging" / "a").mkdir(parents=True)  # what a killed export leaves
     code, out, _ = run(*order)
     assert code == 0
-    assert "q8_0; merged in float32, where logits moved by at most" in out
+    assert "q8_0; it answers as base and adapters do: no logit moved by more than" in out
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
     needed = 2 * export.room(str(tiny), "f16") + export.room(str(tiny), "q8_0")
     sizes = {tensor.name: tensor.n_bytes for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
@@ -536,7 +536,7 @@ def test_the_command_asks_for_room_first_and_clears_up_after_one_that_was_killed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(loading, "load", None)
     code, _, err = run(*order[:-1], tmp_path / "deep" / "b.gguf")
-    assert (code, f"{needed:,} bytes needed but 1,000 free" in err) == (2, True)
+    assert (code, f"{needed:,} bytes needed on the way, 1,000 free" in err) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 

@@ -303,7 +303,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(adapter
         ("broken settings", "adapter_config.json: not valid JSON"),
         ("no weights", "no adapter_model.safetensors here"),
         ("a pickle", "no adapter_model.safetensors here"),
-        ("broken weights", "its weights do not fit"),
+        ("broken weights", "adapter_model.safetensors is cut short or damaged"),
         ("another rank", "size mismatch"),
         ("more matrices", "Found missing adapter keys"),
     ],

@@ -171,7 +171,7 @@ def test_an_empty_file(content, tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="this is a folder"):
         read(tmp_path)
 
 

@@ -233,7 +233,7 @@ def test_nothing_left_to_mix_is_said(tmp_path):
         ("sources: {}", "sources is {}; write one"),
         ("sources: {3: 1}", "sources is 3; write the name"),
         ("sources: {a: 1}\nheld_out: [3]", "held_out is .3.; write a list"),
-        ("sources: {a: 0}", "sources: a is 0; choose a weight above 0"),
+        ("sources: {a: 0}", "sources: a is 0; write a weight above 0"),
         ("sources: {a: many}", "sources: a is 'many'"),
         ("sources: {a: 1}\ntemperature: 0", "temperature is 0"),
         ("sources: {a: 1}\nrows: -1", "rows is -1"),

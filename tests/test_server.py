@@ -103,8 +103,8 @@ def test_what_cannot_be_served(file, tmp_path, running):
         (tmp_path, 0, "no GGUF file to read (Is a directory"),
         (words, 0, "no GGUF file to read (it does not begin with GGUF)"),
         (other, 0, "no GGUF file to read ("),
-        (cut, 0, "llama.cpp cannot serve it on 127.0.0.1; is the port taken, the file cut short"),
-        (file, taken, f"llama.cpp cannot serve it on 127.0.0.1:{taken}; is the port taken"),
+        (cut, 0, "llama.cpp cannot load it; is it cut short, or memory too small?"),
+        (file, taken, f"127.0.0.1:{taken}: Address already in use; choose another --port or --host"),
     ):
         with pytest.raises(InputError) as found:
             server.launch(path, KEY, port=port, threads=1)
@@ -133,4 +133,4 @@ def test_what_the_command_refuses(file, refused, tmp_path):
     refused(["serve", file, "--port", "70000"], "'70000' is not a port")
     refused(["serve", file, "--api-key", ""], "--api-key is empty")
     refused(["serve", file, "--context", "0"], "'0' is not a whole number from 1")
-    refused(["serve", file, "--host", "256.0.0.1", "--port", "0"], "llama.cpp cannot serve it on 256.0.0.1")
+    refused(["serve", file, "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0: ", "choose another --port or --host")

@@ -172,9 +172,13 @@ def test_an_adapter_that_is_not_finite_is_not_saved(make, tmp_path, tiny):
 
 
 def test_trap_07_an_adapter_of_zeros_is_not_saved(make, tmp_path):
-    """Trap 7: a run of one step that is all warm-up has rate 0, so B stays zero."""
-    with pytest.raises(InputError, match=r"every B of the adapter is zero.*warmup_ratio=0"):
+    """Trap 7: a run of one step that is all warm-up has rate 0, so B stays zero. It is refused before it begins."""
+    with pytest.raises(InputError, match="all 1 steps of this run are warm-up, from rate 0"):
         train(make("schedule.max_steps=1", "schedule.warmup_ratio=0.5"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    fresh = add_adapter(loading.load(make().base, dtype="float32")[0], recipes.Adapter(), make().base)
+    with pytest.raises(InputError, match=r"every B of the adapter is zero.*warmup_ratio=0"):
+        training.save(fresh, make(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

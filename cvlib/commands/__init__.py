@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +62,8 @@ def setting_option(command: Parser, keys: dict[str, dataclasses.Field], about: s
 
 def explained(keys: dict[str, dataclasses.Field]) -> str:
     """The keys of `--set` for a help page, a line each."""
-    return "\n".join(["keys for --set, with their defaults:", *(_line(name, item) for name, item in keys.items())])
+    lines = [_line(name, item) for name, item in keys.items()]
+    return "\n".join(["keys for --set, and what holds where the recipe is silent:", *lines])
 
 
 def _line(name: str, item: dataclasses.Field) -> str:
@@ -82,6 +84,13 @@ def positive(text: str) -> int:
     if not natural(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def place(text: str) -> Path:
+    """A file or folder to write, given on the command line: it needs a name of its own."""
+    if Path(text).name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} has no name of its own; write one, such as runs/mine")
+    return Path(text)
 
 
 def say(options: argparse.Namespace, data, text: str) -> None:

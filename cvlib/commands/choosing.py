@@ -21,9 +21,11 @@ def model_options(command: argparse.ArgumentParser) -> None:
 
 def recipe_of(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
     """The recipe that belongs to the model options: the one the adapter was trained with, or the running model's."""
-    from cvlib import loading, recipes
+    from cvlib import checkpoints, loading, recipes
 
     if options.adapter:
+        if not options.adapter.exists():  # it may still be in training
+            checkpoints.refuse_unfinished(options.adapter)
         loading.read_adapter(options.adapter)
     return recipes.load(options.adapter / "recipe.yaml" if options.adapter else "smollm2-cpu", overrides)
 
@@ -40,9 +42,9 @@ def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] =
 
 def engine(options: argparse.Namespace):
     """What answers: llama.cpp for a GGUF file, transformers for everything else."""
-    from cvlib import engines
+    from cvlib import engines, server
 
-    if not str(options.model).endswith(".gguf"):
+    if not (str(options.model).endswith(".gguf") or server.is_gguf(options.model or "")):
         recipe, model, tokenizer = chosen(options)
         return engines.Transformers(model, tokenizer, recipe.template)
     if options.adapter or options.bits:

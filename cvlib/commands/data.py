@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from cvlib import InputError
-from cvlib.commands import command, say, subcommands
+from cvlib.commands import command, place, say, subcommands
 
 CHECK = """\
 Rows may have the shape of BELLE, Alpaca, Guanaco, ShareGPT or OpenAI's messages.
@@ -39,12 +39,12 @@ def register(group) -> None:
     about = "mix sources as a MIX.yaml says: weighted, deduplicated, decontaminated"
     mixing = command(actions, "mix", mix, about, f"a MIX.yaml:\n\n{MIX}")
     mixing.add_argument("plan", type=Path, metavar="MIX.yaml", help="sources with weights, held-out files, rows, seed")
-    mixing.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
+    mixing.add_argument("-o", "--out", type=place, required=True, metavar="OUT.jsonl", help="the file to write")
     mixing.add_argument("--force", action="store_true", help="replace OUT.jsonl if it exists")
 
 
 def check(options: argparse.Namespace) -> int:
-    """`cvlib data check`: exit code 1 if any row is broken."""
+    """`cvlib data check`: exit code 1 if a row is broken or a file has none."""
     from cvlib import census, loading
 
     try:
@@ -56,7 +56,7 @@ def check(options: argparse.Namespace) -> int:
         raise InputError(f"--tokenizer {options.tokenizer}: cannot be read ({reason}); name a model") from None
     found = [census.count(file, tokenizer) for file in options.files]
     say(options, [dataclasses.asdict(item) for item in found], "\n".join(map(census.report, found)))
-    return int(any(item.broken for item in found))
+    return int(any(item.broken or not item.rows for item in found))
 
 
 def mix(options: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cvlib import InputError
-from cvlib.commands import command, natural, positive, say
+from cvlib import InputError, recipes
+from cvlib.commands import command, natural, positive, say, setting_option
 from cvlib.commands.choosing import chosen, model_options
 
 COLUMNS = """\
@@ -33,11 +33,12 @@ def register(group) -> None:
     scoring.add_argument("--text", **files, help="plain text files, scored whole")
     scoring.add_argument("--answers", type=natural, default=0, metavar="N", help="also answer N questions of each file")
     scoring.add_argument("--exam", type=Path, metavar="DIR", help="an exam folder as C-Eval or CMMLU publish it")
-    scoring.add_argument("--shots", type=natural, default=5, help="worked examples before each exam question")
+    scoring.add_argument("--shots", type=natural, help="worked examples before each exam question (default: 5)")
     scoring.add_argument("--scoring", default="letter", help="how the exam's answer is found; see cvlib.exams")
     scoring.add_argument("--chat", action="store_true", help="ask the exam through the model's chat template")
     scoring.add_argument("--batch", type=positive, default=16, help="exam prompts read at once")
     scoring.add_argument("--limit", type=natural, help="at most so many rows, passages or questions of each file")
+    setting_option(scoring, recipes.keys(recipes.Decoding), "decoding of the answers, such as temperature=0")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -45,7 +46,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from cvlib import exams, loading, questions
 
     held_out, passages = inputs(options)
-    subjects = questions.read(options.exam, options.shots, options.limit) if options.exam else []
+    shots = 5 if options.shots is None else options.shots
+    subjects = questions.read(options.exam, shots, options.limit) if options.exam else []
     # equal letters are a matter of rounding: on a processor there is room for all digits
     exact = ["dtype=float32"] if subjects and loading.device_and_dtype()[0] == "cpu" else []
     recipe, model, tokenizer = chosen(options, exact)
@@ -54,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if subjects:
         template = recipe.template if options.chat else ""
         marks = exams.sit(model, tokenizer, subjects, options.scoring, template, options.batch)
-        found["exam"] = exams.report(marks, options.scoring, options.shots)
+        found["exam"] = exams.report(marks, options.scoring, shots)
         tables.append(exams.report_table(found["exam"]))
     say(options, found, "\n\n".join([*map(str, tables), *(said(one) for one in sets if "said" in one)]))
 
@@ -66,6 +68,10 @@ def inputs(options: argparse.Namespace) -> tuple[dict, dict]:
     from cvlib.training import locate
 
     asked = options.rows or options.text or options.exam
+    if options.answers and asked and not options.rows:
+        raise InputError("--answers asks the questions of rows; name some with --rows")
+    if options.shots is not None and not options.exam:
+        raise InputError("--shots belongs to an exam; name its folder with --exam")
     files = options.rows if asked else ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
     held_out = {str(file): messages.split(messages.read(locate(file)))[1][: options.limit] for file in files}
     passages = {str(file): evaluation.passages(read_text(file))[: options.limit] for file in options.text}
@@ -89,7 +95,8 @@ def scores(options: argparse.Namespace, recipe, model, tokenizer, held_out: dict
         about = {"file": file, "rows": len(parts), "bits_per_byte": found.bits_per_byte, "low": low, "high": high}
         if options.answers and file in held_out:
             asked = [conversation[:-1] for conversation in parts[: options.answers]]
-            ended = generation.ended(model, tokenizer, asked, recipe.template, recipe.decoding)
+            decoding = recipes.override(recipe.decoding, options.set)
+            ended = generation.ended(model, tokenizer, asked, recipe.template, decoding)
             about |= behaviour.summary(ended)
             about["said"] = [[turns[-1].content, text] for turns, (text, _) in zip(asked, ended, strict=True)]
         sets.append(about)
@@ -114,6 +121,7 @@ def table(sets: list[dict]):
     extra = {key: name for key, name in extra.items() if any(key in one for one in sets)}
     rows = []
     for one in sets:
-        bits = f"{one['bits_per_byte']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        interval = f"[{one['low']:.3f}, {one['high']:.3f}]" if one["rows"] > 1 else "[one row has none]"
+        bits = f"{one['bits_per_byte']:.3f} {interval}"
         rows.append([one["file"], one["rows"], bits, *(f"{one[key]:.2f}" if key in one else "" for key in extra)])
     return Table(["set", "rows", "bits per byte [95 %]", *extra.values()], rows)

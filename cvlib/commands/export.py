@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cvlib import InputError
-from cvlib.commands import command, say
+from cvlib.commands import command, place, say
 
 EXAMPLES = """\
 Adapters are merged in float32 and rounded once; the base must be the model in 16 bits.
@@ -29,7 +29,7 @@ def register(group) -> None:
     )
     leaving.add_argument("--to", choices=("hf", "gguf"), required=True, help="safetensors folder, or for llama.cpp")
     leaving.add_argument("--quant", choices=("f16", "q8_0", "q4_0"), help="the GGUF's format (default: f16)")
-    leaving.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the folder or file to write")
+    leaving.add_argument("-o", "--out", type=place, required=True, metavar="OUT", help="the folder or file to write")
     leaving.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
@@ -42,8 +42,7 @@ def export(options: argparse.Namespace) -> None:
     if options.to == "hf" and options.quant:
         raise InputError(f"--quant {options.quant} is a GGUF format; leave it out, or choose --to gguf")
     quant = options.quant or "f16"
-    if options.out.exists() and not options.force:
-        raise InputError(f"{options.out}: exists already; choose another name, or replace it with --force")
+    (export.refuse_file if options.to == "gguf" else export.refuse_folder)(options.out, options.force)
     base = options.model or loading.read_adapter(options.adapter[0]).get("base_model_name_or_path")
     if options.to == "gguf":  # the merged model in float32 lies beside it for a while
         export.require_space(options.out, 2 * export.room(base, "f16") + export.room(base, quant))
@@ -60,5 +59,5 @@ def export(options: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(between, ignore_errors=True)
     data = {"out": str(options.out), "quant": quant, "bytes": size, "change": merged.change}
-    moved = f"merged in float32, where logits moved by at most {merged.change:.2g}"
+    moved = f"it answers as base and adapters do: no logit moved by more than {merged.change:.2g}"
     say(options, data, f"{options.out}: {size / 1e6:,.1f} MB, {quant}; {moved}")

@@ -60,6 +60,7 @@ def serve(options: argparse.Namespace) -> None:
         print(f"{options.name}: {options.host} is open to your network, without encryption", file=sys.stderr)
     address = f"{running.listening_address}/v1"
     shown = "the one you gave" if options.api_key else key
-    say(options, {"address": address, "model": options.model.stem, "key": key}, f"{address}   key: {shown}")
+    text = f"{address}   key: {shown}\nserving {options.model}; Ctrl-C stops"
+    say(options, {"address": address, "model": options.model.stem, "key": key}, text)
     sys.stdout.flush()  # a program that waits for the key may read through a pipe
     threading.Event().wait()

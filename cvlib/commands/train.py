@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cvlib import InputError, recipes
-from cvlib.commands import command, explained, say, setting_option
+from cvlib.commands import command, explained, place, say, setting_option
 
 EXAMPLES = """\
 examples:
@@ -23,12 +23,12 @@ def register(group) -> None:
     epilog = f"recipes: {', '.join(recipes.names())}\n\n{explained(keys)}\n\n{EXAMPLES}"
     training = command(group, "train", train, "train an adapter as a recipe says", epilog)
     training.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name or a .yaml file")
-    training.add_argument("-o", "--out", type=Path, help="the run's folder (default: runs/RECIPE)")
+    training.add_argument("-o", "--out", type=place, help="the run's folder (default: runs/RECIPE)")
     start = training.add_mutually_exclusive_group()
     start.add_argument(
-        "--init-adapter", type=Path, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
+        "--init-adapter", type=place, metavar="DIR", help="start from a trained adapter's weights, with a new schedule"
     )
-    start.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run, exactly as it was")
+    start.add_argument("--resume", type=place, metavar="RUN", help="go on with an interrupted run, exactly as it was")
     setting_option(training, keys, "change one value of the recipe")
 
 
@@ -72,12 +72,16 @@ def report(options: argparse.Namespace, run) -> None:
     result = {
         "folder": str(run.folder),
         "steps": len(run.steps),
+        "rows": run.rows,
         "first_loss": run.losses[0],
         "last_loss": run.losses[-1],
     }
     result |= {"seconds": round(run.seconds, 1), "adapter_bytes": run.adapter_bytes}
     text = (
-        f"{len(run.steps)} steps in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → {run.losses[-1]:.3f}, adapter of "
-        f"{run.adapter_bytes / 1e6:.1f} MB in {run.folder}\ntalk to it: cvlib chat --adapter {run.folder}"
+        f"{len(run.steps)} steps over {run.rows:,} rows in {run.seconds:.0f} s, loss {run.losses[0]:.3f} → "
+        f"{run.losses[-1]:.3f}, adapter of {run.adapter_bytes / 1e6:.1f} MB in {run.folder}\n"
     )
+    if run.losses[-1] > run.losses[0]:
+        text += "the loss has not fallen: train for longer, or lower schedule.learning_rate\n"
+    text += f"talk to it: cvlib chat --adapter {run.folder}"
     say(options, result, text)

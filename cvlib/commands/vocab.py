@@ -7,8 +7,8 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-from cvlib import InputError
-from cvlib.commands import command, positive, say, subcommands
+from cvlib import InputError, choose
+from cvlib.commands import command, place, positive, say, subcommands
 
 SHOWN = 8  # examples of each finding
 TRAIN = "example: cvlib vocab train novel.txt --size 8000 -o zh.model"
@@ -24,7 +24,7 @@ FERTILITY = "example: cvlib vocab fertility smollm2-135m mistral-v1-tokenizer ru
 
 def register(group) -> None:
     """Add these commands to the command line."""
-    actions = subcommands(group, "vocab", "train, merge, extend, audit and compare vocabularies")
+    actions = subcommands(group, "vocab", "train, merge, extend and audit vocabularies; count what text costs")
 
     about = "learn a Chinese SentencePiece model from text"
     training = command(actions, "train", train, about, TRAIN)
@@ -64,7 +64,7 @@ def register(group) -> None:
     )
 
     for making in (training, merging, extending):
-        making.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="what to write")
+        making.add_argument("-o", "--out", type=place, required=True, metavar="OUT", help="what to write")
 
     about = "what a grown vocabulary did to its base"
     auditing = command(
@@ -92,7 +92,11 @@ def located(tokenizer: str) -> Path:
     """A tokenizer named on the command line: an asset's files, or a path."""
     from cvlib import assets, loading
 
-    return Path(loading.resolve(tokenizer)) if tokenizer in assets.ASSETS else Path(tokenizer)
+    if tokenizer in assets.ASSETS:
+        return Path(loading.resolve(tokenizer))
+    if not Path(tokenizer).exists():
+        raise InputError(f"{tokenizer}: no such file, folder or asset; {choose(tokenizer, assets.ASSETS)}")
+    return Path(tokenizer)
 
 
 def fresh(out: Path) -> Path:

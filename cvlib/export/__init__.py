@@ -8,7 +8,7 @@ Whatever is written is written under a hidden name and renamed when it is comple
 behind. Space on the disk is asked for before anything starts.
 """
 
-from cvlib.export.llama_cpp import FORMATS, fill, gguf, room
-from cvlib.export.merging import Merged, merge, require_space
+from cvlib.export.llama_cpp import FORMATS, fill, gguf, refuse_file, room
+from cvlib.export.merging import Merged, merge, refuse_folder, require_space
 
-__all__ = ["FORMATS", "Merged", "fill", "gguf", "merge", "require_space", "room"]
+__all__ = ["FORMATS", "Merged", "fill", "gguf", "merge", "refuse_file", "refuse_folder", "require_space", "room"]

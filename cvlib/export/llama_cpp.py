@@ -33,6 +33,7 @@ from cvlib import InputError, loading
 from cvlib.export.merging import require_space, skeleton
 from cvlib.export.words import describe_vocabulary
 from cvlib.pieces import written
+from cvlib.server import is_gguf
 
 #: By name: the kind of matrices, the kind of embeddings and head, and the number by which the file says so.
 FORMATS = {
@@ -88,8 +89,7 @@ def gguf(folder: str | Path, out: str | Path, quant: str = "f16", force: bool = 
     out, where = Path(out), Path(loading.resolve(str(folder)))
     if quant not in FORMATS:
         raise InputError(f"quant {quant!r} is unknown; choose one of {', '.join(FORMATS)}")
-    if out.exists() and not force:
-        raise InputError(f"{out}: exists already; name another file, or force to replace it")
+    refuse_file(out, force)
     if not where.is_dir():
         raise InputError(f"{folder}: not a folder here; write one with `cvlib export {folder} --to hf` first")
     tensors, config = plan(where, quant)
@@ -109,6 +109,14 @@ def gguf(folder: str | Path, out: str | Path, quant: str = "f16", force: bool = 
             writer.write_tensor_data(tensor.pack())
             bar.update(tensor.bytes)
     return out.stat().st_size
+
+
+def refuse_file(out: Path, force: bool) -> None:
+    """Refuse to write where something is, unless it is a GGUF file and `force` says that it may go."""
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists already; name another file, or --force to replace it")
+    if out.exists() and not is_gguf(out):
+        raise InputError(f"{out}: no GGUF file, so force does not replace it; name another file")
 
 
 def plan(folder: Path, quant: str):

@@ -174,8 +174,7 @@ def chat_template(name: str, eos: str) -> str:
 @contextmanager
 def complete(out: Path, force: bool, needed: int) -> Iterator[Path]:
     """A hidden folder beside `out` to write `needed` bytes into; it gets the name at the end, or is removed."""
-    if out.exists() and not (force and (out / "config.json").is_file()):
-        raise InputError(f"{out}: exists already; name another folder, or force to replace a model")
+    refuse_folder(out, force)
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
     try:
         require_space(out, needed)
@@ -192,8 +191,16 @@ def complete(out: Path, force: bool, needed: int) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def refuse_folder(out: Path, force: bool) -> None:
+    """Refuse to write where something is, unless it is a model and `force` says that it may go."""
+    if out.exists() and not force:
+        raise InputError(f"{out}: exists already; name another folder, or --force to replace a model")
+    if out.exists() and not (out / "config.json").is_file():
+        raise InputError(f"{out}: holds no model, so force does not replace it; name another folder")
+
+
 def require_space(out: Path, needed: int) -> None:
     """Refuse before anything is written, in bytes."""
     there = next(folder for folder in out.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(there).free) < needed:
-        raise InputError(f"{out}: {needed:,} bytes needed but {free:,} free; make room or choose another disk")
+        raise InputError(f"{out}: {needed:,} bytes needed on the way, {free:,} free; make room or choose another disk")

@@ -203,6 +203,8 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     16
     """
     path = Path(source) if str(source).endswith((".yaml", ".yml")) else FOLDER / f"{source}.yaml"
+    if str(source).endswith((".json", ".jsonl")):
+        raise InputError(f"{source}: rows are no recipe; name a recipe, and the rows as --set 'data.train=[{source}]'")
     if not path.is_file():
         raise InputError(f"recipe {str(source)!r} not found; {choose(str(source), names())} (or name a .yaml file)")
     try:
@@ -214,9 +216,10 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values; found {type(values).__name__}")
+    recipe = _build(Recipe, values, path.name, prefix="")
     for override in overrides:
         _override(values, override)
-    return _build(Recipe, values, path.name, prefix="")
+    return _build(Recipe, values, ", ".join(overrides), prefix="") if overrides else recipe
 
 
 def override(section: Any, pairs: Iterable[str]) -> Any:
@@ -228,7 +231,7 @@ def override(section: Any, pairs: Iterable[str]) -> Any:
     for pair in pairs:
         values = dataclasses.asdict(section)
         _override(values, pair)
-        section = _build(type(section), values, repr(pair), prefix="")
+        section = _build(type(section), values, pair, prefix="")
     return section
 
 
