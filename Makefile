@@ -11,7 +11,7 @@ help:            ## this list
 book: $(READY)   ## run every notebook and build the book into _build/html
 	$(BIN)/python book/build.py book
 
-html: $(READY)   ## build the book from the stored outputs, in under a minute
+html: $(READY)   ## build the book from the stored outputs, in about a minute
 	$(BIN)/python book/build.py html
 
 slides: $(READY) ## a lecture's slides from each chapter, into _build/slides (needs npm)

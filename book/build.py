@@ -120,8 +120,19 @@ def normalised(notebook):
         cell.id = f"{digest}-{seen[digest]}"
         cell.metadata = {key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = joined([output for output in cell.outputs if output.get("name") != "stderr"])
     return notebook
+
+
+def joined(outputs: list) -> list:
+    """Outputs with neighbouring pieces of printed text made one: where they were cut is chance."""
+    whole: list = []
+    for output in outputs:
+        if whole and output.output_type == whole[-1].output_type == "stream":
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
 
 
 def pages(copies: dict[Path, Path]) -> int:
