@@ -9,6 +9,11 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const entry of document.querySelectorAll(".citation-list > *")) entry.setAttribute("role", "listitem");
 });
 
+// What can be scrolled sideways can be scrolled by the arrow keys, too.
+window.addEventListener("load", () => {
+  for (const wide of document.querySelectorAll("figure, .cell_output")) if (wide.scrollWidth > wide.clientWidth) wide.tabIndex = 0;
+});
+
 // The index holds words of Chinese, as jieba cuts them. A query is written without spaces: cut it into the longest words
 // that the index knows. Sphinx's own splitQuery steps back when there is one already.
 var splitQuery = (query) => (query.match(/\p{Script=Han}+|[^\P{L}\p{Script=Han}]+[\p{N}_]*|[\p{N}_]+/gu) || []).flatMap(known);
