@@ -1,7 +1,8 @@
 """Slides for a lecture, one deck a chapter, made from the notebooks by rule: `make slides`, then open a file.
 
 Nobody keeps a second copy of a chapter. What stands on a slide: headings, equations, lists, tables, the first words of
-paragraphs that begin in bold ("**Predict**", "**Parity**"), figures, printed output, and cells of at most ten lines.
+paragraphs that begin in bold ("**Predict**", "**Parity**"), figures, printed output, and cells of at most ten lines;
+longer ones only if they define what later cells call, in smaller type on a slide of their own.
 Everything else a paragraph says goes to the speaker's notes (press S). A section that does not fit goes on on the
 next slide, under the same heading.
 """
@@ -149,13 +150,15 @@ def first_words(block: str, most: int = 240) -> tuple[str, str]:
 
 
 def code(cell):
-    """Short code, then what it gave; long code leaves only that."""
+    """Short code, then what it gave; long code leaves only that, unless it defines something."""
     lines = [line for line in cell.source.splitlines() if line.strip()]
     only_imports = all(re.match(r"(import|from) |[\s)]", line) for line in lines)
-    if len(lines) <= LONGEST_CELL and not only_imports:
+    short = len(lines) <= LONGEST_CELL
+    if (short and not only_imports) or re.search(r"^(def|class) ", cell.source, re.MULTILINE):
         shown = cell.copy()
         shown.outputs = []
-        yield Piece(shown, cell.source.count("\n") + 2)
+        shown.metadata = nbformat.from_dict({} if short else {"tags": ["small"]})
+        yield Piece(shown, cell.source.count("\n") + 2 if short else ROOM)
     for output in cell.outputs:
         result = cell.copy()
         result.metadata = nbformat.from_dict({"transient": {"remove_source": True}})

@@ -41,4 +41,17 @@ def test_every_slide_has_a_heading_and_code_an_audience_can_read(deck):
         if cell.metadata.slideshow.slide_type == "slide":
             assert cell.source.startswith("#"), cell.source[:60]
         elif cell.cell_type == "code" and not cell.metadata.get("transient"):
-            assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= slides.LONGEST_CELL
+            short = sum(bool(line.strip()) for line in cell.source.splitlines()) <= slides.LONGEST_CELL
+            assert short or cell.metadata.tags == ["small"]
+
+
+@every_deck
+def test_what_a_deck_calls_it_defines(deck):
+    """Functions of the notebook that appear in a cell on screen are on screen themselves."""
+    shown = [cell.source for cell in on_screen(deck) if cell.cell_type == "code" and not cell.metadata.get("transient")]
+    path = next(path for path in (ROOT / "notebooks").glob("*.ipynb") if slides.title(deck)[:2] == path.name[:2])
+    whole = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    defined = set(re.findall(r"^(?:def|class) (\w+)", whole, re.MULTILINE))
+    called = {name for name in defined for source in shown if re.search(rf"\b{name}\(", source)}
+    missing = called - set(re.findall(r"^(?:def|class) (\w+)", "\n".join(shown), re.MULTILINE))
+    assert not missing
