@@ -100,8 +100,10 @@ def sections(notebook):
 def cut(cell, with_code: bool = True):
     """The pieces of a cell, in order."""
     if cell.cell_type == "markdown":
-        for block in blocks(unlinked(cell.source)):
-            yield from prose(block)
+        found = blocks(unlinked(cell.source))
+        for before, block, after in zip(["", *found], found, [*found[1:], ""], strict=False):
+            letters = "$" in block and (before.startswith("$$") or after.startswith("$$"))
+            yield from prose(block, letters)
     elif with_code and "setup" not in cell.metadata.get("tags", []):
         yield from code(cell)
 
@@ -123,15 +125,18 @@ def blocks(source: str) -> list[str]:
     return [block.strip() for block in found if block.strip()]
 
 
-def prose(block: str):
-    """Equations, lists, tables, quotations and listings are shown, and the first words of a paragraph in bold."""
+def prose(block: str, letters: bool = False):
+    """Equations, lists, tables, quotations and listings are shown, and the first words of a paragraph in bold.
+
+    So are the first words of a paragraph beside an equation that holds `letters`: it says what they mean.
+    """
     if block.startswith(("[![", "Solutions:", "| machine", "**Reads**")):
         return
     if block.startswith("$$"):
         yield Piece(new_markdown_cell(block), 3 + 2 * block.count(r"\\"))
     elif re.match(r"[-*>|] |\d+\. |```|###", block):
         yield Piece(new_markdown_cell(block), sum(math.ceil((len(line) + 1) / WIDTH) for line in block.splitlines()))
-    elif block.startswith("**"):
+    elif block.startswith("**") or letters:
         shown, said = first_words(block)
         yield Piece(new_markdown_cell(shown), 1 + math.ceil(len(shown) / WIDTH))
         if said:
