@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import yaml
 
 from cvlib import InputError, sources
 from cvlib.contamination import Reference, reference
 from cvlib.duplicates import Fingerprints, fmix64, row_text
 from cvlib.messages import Conversation, held_out
-from cvlib.recipes import need
+from cvlib.recipes import need, read_yaml
 from cvlib.show import Table
 
 FATES = ("invalid", "held out", "contaminated", "duplicate", "near duplicate", "unsampled", "kept")
@@ -77,14 +76,9 @@ def load(path: str | Path) -> Plan:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name a MIX.yaml") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
     known = [item.name for item in fields(Plan)]
     if not isinstance(values, dict) or "sources" not in values or set(values) - set(known):
         found = list(values) if isinstance(values, dict) else type(values).__name__

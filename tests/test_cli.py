@@ -238,6 +238,9 @@ def test_what_is_no_model(refused, rows_file):
 def test_options_of_evaluate_that_would_do_nothing(tiny, refused, rows_file):
     refused(["evaluate", tiny, "--text", rows_file, "--answers", "2"], "--answers asks the questions of rows")
     refused(["evaluate", tiny, "--rows", rows_file, "--shots", "2"], "--shots belongs to an exam")
+    refused(["evaluate", tiny, "--rows", rows_file, "--set", "top_k=1"], "ask for some with --answers N")
+    answering = ["evaluate", tiny, "--rows", rows_file, "--answers", "1"]
+    refused([*answering, "--set", "temprature=0"], "did you mean 'temperature'?")
 
 
 def test_a_loss_that_rises_is_said(capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cvlib import InputError, recipes
 from cvlib.commands import command, natural, positive, say, setting_option
-from cvlib.commands.choosing import chosen, model_options
+from cvlib.commands.choosing import chosen, model_options, recipe_of
 
 COLUMNS = """\
 columns of the table:
@@ -46,11 +46,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from cvlib import exams, loading, questions
 
     held_out, passages = inputs(options)
+    decoding = recipes.override(recipe_of(options).decoding, options.set)
     shots = 5 if options.shots is None else options.shots
     subjects = questions.read(options.exam, shots, options.limit) if options.exam else []
     # equal letters are a matter of rounding: on a processor there is room for all digits
     exact = ["dtype=float32"] if subjects and loading.device_and_dtype()[0] == "cpu" else []
     recipe, model, tokenizer = chosen(options, exact)
+    recipe.decoding = decoding
     sets = scores(options, recipe, model, tokenizer, held_out, passages)
     found, tables = {"sets": sets}, [table(sets)] if sets else []
     if subjects:
@@ -70,6 +72,8 @@ def inputs(options: argparse.Namespace) -> tuple[dict, dict]:
     asked = options.rows or options.text or options.exam
     if options.answers and asked and not options.rows:
         raise InputError("--answers asks the questions of rows; name some with --rows")
+    if options.set and not options.answers:
+        raise InputError("--set says how answers are drawn; ask for some with --answers N")
     if options.shots is not None and not options.exam:
         raise InputError("--shots belongs to an exam; name its folder with --exam")
     files = options.rows if asked else ["data_samples/belle_zh.jsonl", "data_samples/alpaca_en.jsonl"]
@@ -95,8 +99,7 @@ def scores(options: argparse.Namespace, recipe, model, tokenizer, held_out: dict
         about = {"file": file, "rows": len(parts), "bits_per_byte": found.bits_per_byte, "low": low, "high": high}
         if options.answers and file in held_out:
             asked = [conversation[:-1] for conversation in parts[: options.answers]]
-            decoding = recipes.override(recipe.decoding, options.set)
-            ended = generation.ended(model, tokenizer, asked, recipe.template, decoding)
+            ended = generation.ended(model, tokenizer, asked, recipe.template, recipe.decoding)
             about |= behaviour.summary(ended)
             about["said"] = [[turns[-1].content, text] for turns, (text, _) in zip(asked, ended, strict=True)]
         sets.append(about)

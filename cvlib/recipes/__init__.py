@@ -207,19 +207,24 @@ def load(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Rec
         raise InputError(f"{source}: rows are no recipe; name a recipe, and the rows as --set 'data.train=[{source}]'")
     if not path.is_file():
         raise InputError(f"recipe {str(source)!r} not found; {choose(str(source), names())} (or name a .yaml file)")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values; found {type(values).__name__}")
+    recipe = _build(Recipe, values, path.name, prefix="")  # first: a mistake in the file is no fault of the overrides
+    for pair in overrides:
+        _override(values, pair)
+    return _build(Recipe, values, ", ".join(overrides), prefix="") if overrides else recipe
+
+
+def read_yaml(path: Path) -> Any:
+    """The values in a YAML file; `InputError` names the line that is broken."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except yaml.YAMLError as error:
         line = f":{error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend this line") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values; found {type(values).__name__}")
-    recipe = _build(Recipe, values, path.name, prefix="")
-    for override in overrides:
-        _override(values, override)
-    return _build(Recipe, values, ", ".join(overrides), prefix="") if overrides else recipe
 
 
 def override(section: Any, pairs: Iterable[str]) -> Any:
