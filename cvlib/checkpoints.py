@@ -8,7 +8,8 @@ what was interrupted is found beside the place where it should have been. Inside
 * `metrics.jsonl`: a line for every optimiser step; going on cuts it back to the checkpoint it goes on from.
 * `checkpoint-N/`: adapter, optimiser, schedule, random numbers and place in the data after step N. Trainer writes these
   files one by one, in place. So a checkpoint counts only when it holds our own mark, which is written last, after
-  everything before it has reached the disk: a process may die at any moment.
+  everything before it has reached the disk: a process may die at any moment. The mark holds the files' sizes, so that a
+  checkpoint damaged since is passed over for the one before it.
 """
 
 from __future__ import annotations

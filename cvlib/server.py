@@ -65,8 +65,8 @@ def refuse_address(host: str, port: int) -> None:
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        reason = error.strerror.partition(" (while")[0]  # Python repeats the address
+    except (OSError, UnicodeError) as error:  # a host may be no name at all
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # Python repeats the address
         raise InputError(f"{host}:{port}: {reason}; choose another --port or --host") from None
 
 

@@ -134,3 +134,4 @@ def test_what_the_command_refuses(file, refused, tmp_path):
     refused(["serve", file, "--api-key", ""], "--api-key is empty")
     refused(["serve", file, "--context", "0"], "'0' is not a whole number from 1")
     refused(["serve", file, "--host", "256.0.0.1", "--port", "0"], "256.0.0.1:0: ", "choose another --port or --host")
+    refused(["serve", file, "--host", "a" * 70], "choose another --port or --host")
