@@ -9,8 +9,10 @@ notebooks  notebooks in place, then normalised, so that a diff shows what change
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,9 +34,9 @@ def main() -> int:
     parser.add_argument("what", choices=("book", "html", "notebooks"))
     parser.add_argument("only", nargs="*", help="numbers of notebooks, such as 06")
     options = parser.parse_args()
-    if options.what == "html":
-        return pages({path: path for path in notebooks()})
     try:
+        if options.what == "html":
+            return pages({path: path for path in notebooks()})
         if options.what == "book":
             return book()
         chosen = [path for path in notebooks() if not options.only or path.name[:2] in options.only]
@@ -89,9 +91,14 @@ def run(copies: dict[Path, Path]) -> int:
         print(f"[{number}/{len(copies)}] {path.relative_to(ROOT)} …", end=" ", flush=True)
         started = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
+        where = {"metadata": {"path": str(path.parent)}}
+        options = {"timeout": 1800, "extra_arguments": QUIET, "resources": where, "on_notebook_start": stoppable}
+        client = NotebookClient(notebook, **options)
         try:
-            where = {"metadata": {"path": str(path.parent)}}
-            NotebookClient(notebook, timeout=1800, extra_arguments=QUIET, resources=where).execute()
+            client.execute()
+        except KeyboardInterrupt:
+            client.shutdown_kernel = "immediate"  # it is in the middle of a cell
+            raise
         except CellExecutionError as error:
             print(f"failed\n{error}", file=sys.stderr)
             return 1
@@ -104,6 +111,11 @@ def run(copies: dict[Path, Path]) -> int:
         nbformat.write(normalised(notebook), part)
         part.replace(copy)
     return 0
+
+
+def stoppable(notebook) -> None:
+    """Let Ctrl-C stop this program: nbclient takes the signal for itself, and then wonders why its kernel has died."""
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
 def normalised(notebook):

@@ -1,6 +1,10 @@
 """`book/build.py`: every notebook is executed, in order, and what was executed is not lost."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import nbformat
@@ -35,7 +39,7 @@ def sphinx(monkeypatch, code):
 
 
 def notebook(folder, name, letter, more=""):
-    source = f"print({letter!r}, end='', file=open('../ran.txt', 'a')){more}"
+    source = f"print({letter!r}, end='', file=open('../ran.txt', 'a'), flush=True){more}"
     cells = [nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell(f"print({letter!r} * 3)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"notebooks/{name}.ipynb")
 
@@ -82,12 +86,28 @@ def test_a_change_of_the_package_executes_everything_again(books):
     assert ran(books) == "abab"
 
 
-def test_ctrl_c_is_one_line_and_nothing_is_lost(books, monkeypatch, capsys):
-    def stop(notebook):
-        raise KeyboardInterrupt
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv.pop(1))
+import build
+build.ROOT = Path(sys.argv.pop(1))
+build.BUILD, build.fetch = build.ROOT / "_build", lambda: None
+sys.exit(build.main())
+"""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(build.NotebookClient, "execute", stop)
-        assert build.main() == 130
-    assert capsys.readouterr().err == "\nstopped; `make book` goes on from here\n"
+
+def test_ctrl_c_is_one_line_and_nothing_is_lost(books):
+    """A real one, in the middle of a cell: nbclient would take it for the death of its kernel."""
+    notebook(books, "01-b", "b", "; import time; time.sleep(600)")
+    command = [sys.executable, "-c", SCRIPT, str(ROOT / "book"), str(books), "book"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while not ((books / "ran.txt").is_file() and ran(books) == "ab") and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "\nstopped; `make book` goes on from here\n"
+    assert process.returncode == 130
+    notebook(books, "01-b", "b")
     assert build.main() == 0
+    assert ran(books) == "abb"

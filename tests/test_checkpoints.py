@@ -133,7 +133,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe_file, whole, run, tmp_path):
     assert checkpoints.newest(work)
     assert not out.exists()
     code, said, _ = run("train", "--resume", out)
-    assert (code, said[:10]) == (0, "6 steps ov")
+    assert (code, said.startswith("6 steps over")) == (0, True)
     assert weights(out) == weights(whole)
 
 

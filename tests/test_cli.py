@@ -54,6 +54,8 @@ def test_evaluate(trained, rows_file, run):
     assert found["low"] <= found["bits_per_byte"] <= found["high"]
     assert 0 <= found["han_share"] <= 1
     assert len(found["said"]) == 2
+    code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3)
+    assert re.search(rf"{rows_file} +3 +{found['bits_per_byte']:.3f} \[\S+ \S+\]$", out.strip())
     code, out, _ = run("evaluate", "--adapter", folder, "--rows", rows_file, "--limit", 3, "--answers", 2)
     for question, answer in found["said"]:
         assert f"\n\n> {question}\n{answer}" in out

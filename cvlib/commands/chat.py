@@ -35,8 +35,9 @@ def chat(options: argparse.Namespace) -> None:
     """`cvlib chat`"""
     if options.web and options.json:
         raise InputError("--web and --json do not go together; the page has a button for the transcript")
-    decoding = recipes.override(recipe_of(options).decoding, options.set)
-    answering = engine(options)
+    recipe = recipe_of(options)
+    decoding = recipes.override(recipe.decoding, options.set)
+    answering = engine(options, recipe)
     if options.web:
         from cvlib import web
 

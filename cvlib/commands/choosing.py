@@ -30,23 +30,19 @@ def recipe_of(options: argparse.Namespace, overrides: list[str] | tuple[str, ...
     return recipes.load(options.adapter / "recipe.yaml" if options.adapter else "smollm2-cpu", overrides)
 
 
-def chosen(options: argparse.Namespace, overrides: list[str] | tuple[str, ...] = ()):
-    """The recipe, model and tokenizer that the model options name."""
+def chosen(options: argparse.Namespace, recipe):
+    """The model and tokenizer that the model options name, and their recipe where they name none."""
     from cvlib import loading
 
-    recipe = recipe_of(options, overrides)
-    base, bits = options.model or recipe.base, options.bits or recipe.bits
-    model, tokenizer = loading.load(base, bits, recipe.dtype, options.adapter)
-    return recipe, model, tokenizer
+    return loading.load(options.model or recipe.base, options.bits or recipe.bits, recipe.dtype, options.adapter)
 
 
-def engine(options: argparse.Namespace):
+def engine(options: argparse.Namespace, recipe):
     """What answers: llama.cpp for a GGUF file, transformers for everything else."""
     from cvlib import engines, server
 
     if not (str(options.model).endswith(".gguf") or server.is_gguf(options.model or "")):
-        recipe, model, tokenizer = chosen(options)
-        return engines.Transformers(model, tokenizer, recipe.template)
+        return engines.Transformers(*chosen(options, recipe), recipe.template)
     if options.adapter or options.bits:
         raise InputError(f"{options.model}: a GGUF file is whole; leave --adapter and --bits out, or `cvlib export` it")
     return engines.LlamaCpp(options.model)

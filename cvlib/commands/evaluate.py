@@ -46,13 +46,13 @@ def evaluate(options: argparse.Namespace) -> None:
     from cvlib import exams, loading, questions
 
     held_out, passages = inputs(options)
-    decoding = recipes.override(recipe_of(options).decoding, options.set)
     shots = 5 if options.shots is None else options.shots
     subjects = questions.read(options.exam, shots, options.limit) if options.exam else []
     # equal letters are a matter of rounding: on a processor there is room for all digits
     exact = ["dtype=float32"] if subjects and loading.device_and_dtype()[0] == "cpu" else []
-    recipe, model, tokenizer = chosen(options, exact)
-    recipe.decoding = decoding
+    recipe = recipe_of(options, exact)
+    recipe.decoding = recipes.override(recipe.decoding, options.set)
+    model, tokenizer = chosen(options, recipe)
     sets = scores(options, recipe, model, tokenizer, held_out, passages)
     found, tables = {"sets": sets}, [table(sets)] if sets else []
     if subjects:

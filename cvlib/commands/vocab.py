@@ -35,12 +35,8 @@ def register(group) -> None:
     )
 
     about = "append to one SentencePiece model the pieces of another that it lacks"
-    merging = command(
-        actions, "merge", merge, about, "example: cvlib vocab merge mistral-v1-tokenizer zh.model -o merged.model"
-    )
-    merging.add_argument(
-        "base", metavar="BASE", help="a LLaMA-family tokenizer.model, or an asset such as mistral-v1-tokenizer"
-    )
+    merging = command(actions, "merge", merge, about, MERGE)
+    merging.add_argument("base", metavar="BASE", help="a LLaMA-family tokenizer.model, or an asset")
     merging.add_argument("extra", type=Path, metavar="EXTRA", help="the model to take pieces from")
     merging.add_argument(
         "--scores",
@@ -67,9 +63,7 @@ def register(group) -> None:
         making.add_argument("-o", "--out", type=place, required=True, metavar="OUT", help="what to write")
 
     about = "what a grown vocabulary did to its base"
-    auditing = command(
-        actions, "audit", audit, about, "example: cvlib vocab audit merged.model --base mistral-v1-tokenizer"
-    )
+    auditing = command(actions, "audit", audit, about, AUDIT)
     auditing.add_argument("merged", metavar="MERGED", help="the grown tokenizer: file, folder or asset")
     auditing.add_argument("--base", required=True, metavar="BASE", help="the tokenizer it grew from")
     auditing.add_argument("--text", type=Path, metavar="FILE", help="also count the lines of FILE that are cut anew")
